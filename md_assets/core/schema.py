@@ -1,0 +1,47 @@
+"""What is in a shard: columns, element types and shapes of every stage.
+
+Here: names and layouts that readers outside this project rely on. Not here: reading or writing them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+SHARD_SIZE_LIMIT_BYTES = 256 * 2**20
+"""256 MiB, the reference's shard size; a multiple of what object stores like to transfer."""
+
+SHARD_HASHES = ("sha256",)
+"""Hashes that a shard's index carries, so that `shards_intact` can tell a flipped byte."""
+
+MDS_COLUMNS: dict[str, str] = {
+    "key": "str",
+    "jpg": "jpeg",
+    "caption": "str",
+    "width": "int32",
+    "height": "int32",
+}
+"""Column -> MDS encoding of the mds stage; width and height are those of the stored image in px."""
+
+LATENT_DOWNSCALE = 8
+"""px of image edge for one latent cell: SD's and SDXL's VAEs halve the edge three times."""
+
+ITEM_BYTES = {"float16": 2, "float32": 4}
+"""Bytes of one stored element, by `save_dtype`."""
+
+
+def latents_column(resolution_px: int) -> str:
+    """Name of the column with the image latents of one resolution, e.g. `latents_256`."""
+    return f"latents_{resolution_px}"
+
+
+def latents_columns(resolutions_px: Sequence[int], save_images: bool) -> dict[str, str]:
+    """Column -> MDS encoding of the latents stage.
+
+    `caption_latents` is 1×L×D, `latents_<px>` is C×(px/8)×(px/8), both row-major in `save_dtype`.
+    """
+    columns = {"key": "str", "caption": "str", "caption_latents": "bytes"}
+    columns |= {latents_column(px): "bytes" for px in resolutions_px}
+    columns |= {"width": "int32", "height": "int32"}
+    if save_images:
+        columns["jpg"] = "jpeg"
+    return columns

@@ -1,0 +1,128 @@
+"""The settings of the stages, as plain values, and their fingerprint.
+
+Here: settings that change what is stored, with their defaults and ranges.
+Not here: how a run gets them (see `orchestration.resources`), and settings that only change how fast
+or from where something is done (processes, batch size, endpoint, retries).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from md_assets.core.errors import SettingsError
+
+FORMAT_VERSION = 1
+"""Raised when the code writes other bytes for the same settings, so that older archives become stale."""
+
+DEFAULT_VAE = "stabilityai/stable-diffusion-xl-base-1.0"
+DEFAULT_TEXT_ENCODER = "openclip:hf-hub:apple/DFN5B-CLIP-ViT-H-14-378"
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """Which images are kept and how they are stored.
+
+    Attributes:
+        min_image_size: px, ≥ 1; an image is kept when both edges are at least this long.
+        max_image_size: px, ≥ min_image_size; a longer smaller edge is resized to it.
+        jpeg_quality: 1–100, as libjpeg counts; of images that must be encoded.
+        max_image_pixels: pixels; an image with more is rejected before anything of it is decoded.
+            The default is the size at which Pillow reports a decompression bomb as an error (2 × its
+            `Image.MAX_IMAGE_PIXELS`).
+        max_member_bytes: bytes; an archive member with more is rejected before it is read. 256 MiB holds
+            every image of at most `max_image_pixels` that any source stores compressed.
+    """
+
+    min_image_size: int = 256
+    max_image_size: int = 512
+    jpeg_quality: int = 95
+    max_image_pixels: int = 178_956_970
+    max_member_bytes: int = 256 * 2**20
+
+    def __post_init__(self) -> None:
+        if self.min_image_size < 1 or self.max_image_size < self.min_image_size:
+            raise SettingsError(
+                f"min_image_size {self.min_image_size} and max_image_size {self.max_image_size} do not fit",
+                "Choose 1 <= min_image_size <= max_image_size.",
+            )
+        if not 1 <= self.jpeg_quality <= 100:
+            raise SettingsError(f"jpeg_quality {self.jpeg_quality} is out of range", "Choose 1 to 100.")
+        if self.max_image_pixels < 1 or self.max_member_bytes < 1:
+            raise SettingsError(
+                f"max_image_pixels {self.max_image_pixels} or max_member_bytes {self.max_member_bytes} is not positive",
+                "Choose at least 1; the defaults fit every known source.",
+            )
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """Which encoders make the latents, and what is stored of them.
+
+    Attributes:
+        vae: a Hub repository with a subfolder `vae`, or a local folder with one, or a bare VAE folder.
+        text_encoder: `openclip:hf-hub:REPO` or `openclip:local-dir:PATH`.
+        vae_revision, text_encoder_revision: commit or content digest of each model's files
+            (see `storage.models`), so that other weights under the same name are other settings.
+        image_resolutions: px, multiples of 8; each gives a column `latents_<px>`.
+        save_dtype: of the stored arrays: `float16` or `float32`.
+        seed: of the posterior noise; the noise of a sample depends on the seed and its key only.
+        save_images: whether the JPEG goes into the latents' shards too.
+
+    Where a model runs (device, `model_dtype`, batch size, processes) is not in here: it moves values
+    by rounding only, and a run that continues on another machine must not make stale what is done.
+    """
+
+    vae: str
+    text_encoder: str
+    vae_revision: str
+    text_encoder_revision: str
+    image_resolutions: tuple[int, ...] = (256, 512)
+    save_dtype: str = "float16"
+    seed: int = 0
+    save_images: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.image_resolutions or any(r < 8 or r % 8 for r in self.image_resolutions):
+            raise SettingsError(
+                f"image_resolutions {list(self.image_resolutions)} are not positive multiples of 8",
+                "Use for example [256, 512].",
+            )
+        if list(self.image_resolutions) != sorted(set(self.image_resolutions)):
+            raise SettingsError(
+                f"image_resolutions {list(self.image_resolutions)} are not in rising order without repeats",
+                "Use for example [256, 512].",
+            )
+        if self.save_dtype not in ("float16", "float32"):
+            raise SettingsError(f"save_dtype {self.save_dtype!r} is unknown", "Use float16 or float32.")
+
+    def as_fingerprinted(self) -> dict[str, Any]:
+        """The settings that decide stored values: where the weights lie is left out, what they are stays."""
+        settings = asdict(self)
+        del settings["vae"], settings["text_encoder"]
+        settings["image_resolutions"] = list(self.image_resolutions)
+        return settings
+
+
+def raw_settings(images: ImageSettings) -> dict[str, Any]:
+    """Everything that decides the bytes of a raw archive, given its source."""
+    return {"format_version": FORMAT_VERSION, "images": asdict(images)}
+
+
+def mds_settings(images: ImageSettings) -> dict[str, Any]:
+    """Everything that decides the bytes of an archive's MDS shards, given its source."""
+    return raw_settings(images)
+
+
+def latents_settings(images: ImageSettings, encoders: EncoderSettings) -> dict[str, Any]:
+    """Everything that decides the rows of an archive's latents, given its source."""
+    return {**mds_settings(images), "encoders": encoders.as_fingerprinted()}
+
+
+def fingerprint(settings: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits that change when a setting does, whatever the order of the keys."""
+    canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Bytes: fetching, archives, images, shards, captions, and the protocol that publishes them."""
