@@ -15,8 +15,12 @@ from md_assets.core.errors import SettingsError
 DATA_ROOT_VARIABLE = "MD_ASSETS_DATA"
 DEFAULT_DATA_ROOT = "./datadir"
 
-Stage = Literal["raw", "mds", "latents"]
-STAGES: tuple[Stage, ...] = ("raw", "mds", "latents")
+Stage = Literal["annotations", "raw", "mds", "latents"]
+ARCHIVE_STAGES: tuple[Stage, ...] = ("raw", "mds", "latents")
+"""The stages that every archive goes through, in order."""
+
+_FILE_SUFFIX: dict[Stage, str] = {"annotations": ".parquet", "raw": ".tar"}
+"""Of stages whose data are one file; the others publish a directory of shards."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,8 @@ class StageDir:
         return self.path / f"{checked_archive_id(archive)}.json"
 
     def data(self, archive: str) -> Path:
-        """The published data: a tar for raw, a directory of shards for mds and latents."""
-        name = checked_archive_id(archive)
-        return self.path / (f"{name}.tar" if self.stage == "raw" else name)
+        """The published data: a file for annotations and raw, a directory of shards for mds and latents."""
+        return self.path / f"{checked_archive_id(archive)}{_FILE_SUFFIX.get(self.stage, '')}"
 
     def index(self, split: str) -> Path:
         """The merged `index.json`; `split` is empty for a dataset without splits."""
@@ -68,9 +71,9 @@ class DataRoot:
         """`encoder_tag`: see `core.encoder_tag`; `sdxl1_dfnclipH14` for the default pair."""
         return StageDir(dataset, "latents", self.path / dataset / f"mds_latents_{encoder_tag}")
 
-    def annotations(self, dataset: str, name: str) -> Path:
-        """The caption index `name` of a dataset; its ledger is the same path with `.json`."""
-        return self.path / dataset / "annotations" / f"{name}.parquet"
+    def annotations(self, dataset: str) -> StageDir:
+        """Caption indexes; an annotations source's name takes the place of an archive's ID."""
+        return StageDir(dataset, "annotations", self.path / dataset / "annotations")
 
     def kept_archive(self, dataset: str, archive: str, suffix: str) -> Path:
         """Where a fetched archive goes when `keep_archives` is on."""

@@ -17,7 +17,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def workspace(ledger_path: Path, *, wait: bool = True, on_wait: Callable[[], Non
     Raises:
         BusyError: another process holds it and `wait` is False.
     """
-    path = ledger_path.parent / f".{ledger_path.stem}{WORKSPACE_SUFFIX}"
+    path = _workspace_path(ledger_path)
     descriptor = _locked(path, wait, on_wait)
     try:
         yield path
@@ -58,6 +58,17 @@ def workspace(ledger_path: Path, *, wait: bool = True, on_wait: Callable[[], Non
         _remove(path, keep_partial_downloads=False)
     finally:
         os.close(descriptor)
+
+
+def clear_leftovers(ledger_path: Path) -> None:
+    """Remove the workspace of a published archive whose run was killed between publishing and tidying up."""
+    if _workspace_path(ledger_path).exists():
+        with suppress(BusyError), workspace(ledger_path, wait=False):
+            pass
+
+
+def _workspace_path(ledger_path: Path) -> Path:
+    return ledger_path.parent / f".{ledger_path.stem}{WORKSPACE_SUFFIX}"
 
 
 def _locked(path: Path, wait: bool, on_wait: Callable[[], None] | None) -> int:

@@ -1,0 +1,135 @@
+"""index: merge the indexes of published archives into the one that training reads.
+
+Here: which archives go in, and that what goes in is there. Not here: an archive's own index (`storage.mds`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from md_assets.core.errors import MdAssetsError
+from md_assets.core.ledger import Ledger
+from md_assets.core.paths import StageDir
+from md_assets.core.settings import fingerprint
+from md_assets.stages.once import published
+from md_assets.storage.mds import INDEX_NAME, INDEX_VERSION
+from md_assets.storage.publish import workspace, write_atomically
+
+METADATA_KEY = "md_assets"
+"""Top-level key of a merged index that holds what a reader needs to know; mosaicml-streaming passes it over."""
+
+
+@dataclass(frozen=True)
+class MergedIndex:
+    """A merged index as it was written.
+
+    Attributes:
+        path: the file.
+        archives: IDs that are in it, in order.
+        samples, shards: what it lists.
+        stale: archives that are published with other settings and were left out.
+        missing: archives that are not published.
+        empty: archives that are published without a sample, so they have no shard to list.
+    """
+
+    path: Path
+    archives: tuple[str, ...]
+    samples: int
+    shards: int
+    stale: tuple[str, ...]
+    missing: tuple[str, ...]
+    empty: tuple[str, ...]
+
+
+def merge_indexes(
+    stage_dir: StageDir, split: str, archives: Sequence[str], settings: Mapping[str, Any]
+) -> MergedIndex | None:
+    """Write the merged index of one split of one stage.
+
+    Args:
+        stage_dir: of the mds or latents stage.
+        split: empty for a dataset without splits.
+        archives: all IDs of the split, in upstream's order, which is the order of the shards.
+        settings: archives made with other settings are left out.
+
+    Returns: what was written; None where no archive is published, and then nothing is written.
+
+    Raises:
+        MdAssetsError: an archive is not what its ledger says; the index that was there stays.
+    """
+    wanted = fingerprint(settings)
+    merged: list[Ledger] = []
+    stale, missing, empty = [], [], []
+    for archive in archives:
+        ledger = published(stage_dir, archive)
+        if ledger is None:
+            missing.append(archive)
+        elif ledger.fingerprint != wanted:
+            stale.append(archive)
+        elif ledger.kept == 0:
+            empty.append(archive)
+        else:
+            merged.append(ledger)
+    if not merged:
+        return None
+    shards = [shard for ledger in merged for shard in _archive_shards(stage_dir, ledger, split)]
+    samples = sum(ledger.kept for ledger in merged)
+    index = {
+        "version": INDEX_VERSION,
+        "shards": shards,
+        METADATA_KEY: {
+            "dataset": stage_dir.dataset,
+            "stage": stage_dir.stage,
+            "fingerprint": wanted,
+            "samples": samples,
+            "archives": len(merged),
+            **_common_layout(merged),
+        },
+    }
+    path = stage_dir.index(split)
+    with workspace(path) as own:
+        write_atomically(path, json.dumps(index, sort_keys=True).encode(), own)
+    archive_ids = tuple(ledger.archive for ledger in merged)
+    return MergedIndex(path, archive_ids, samples, len(shards), tuple(stale), tuple(missing), tuple(empty))
+
+
+def _archive_shards(stage_dir: StageDir, ledger: Ledger, split: str) -> list[dict[str, Any]]:
+    """The archive's shards, named relative to the merged index, checked against its ledger."""
+    directory = stage_dir.data(ledger.archive)
+    entries = json.loads((directory / INDEX_NAME).read_bytes())["shards"]
+    ledgered = {file.path: file.bytes for file in ledger.files}
+    below_split = ledger.archive.removeprefix(f"{split}/") if split else ledger.archive
+    for entry in entries:
+        raw = entry["raw_data"]
+        if ledgered.get(f"{ledger.archive}/{raw['basename']}") != raw["bytes"]:
+            raise _disagrees(stage_dir, ledger, f"shard {raw['basename']} is not in its ledger with {raw['bytes']} bytes")
+        raw["basename"] = f"{below_split}/{raw['basename']}"
+    if (rows := sum(entry["samples"] for entry in entries)) != ledger.kept:
+        raise _disagrees(stage_dir, ledger, f"its index lists {rows} samples, its ledger {ledger.kept}")
+    return entries  # type: ignore[no-any-return]
+
+
+def _disagrees(stage_dir: StageDir, ledger: Ledger, what: str) -> MdAssetsError:
+    return MdAssetsError(
+        f"{ledger.dataset} {ledger.archive}: {what}",
+        f"Delete {stage_dir.ledger(ledger.archive)} and materialize {ledger.dataset}/{ledger.stage} of it again",
+    )
+
+
+LAYOUT_DETAILS = ("caption_latents", "image_latents", "dtype")
+"""Details of a latents ledger that say how its arrays are shaped; all archives of one fingerprint agree."""
+
+
+def _common_layout(ledgers: Sequence[Ledger]) -> dict[str, Any]:
+    layouts = [{k: ledger.details[k] for k in LAYOUT_DETAILS if k in ledger.details} for ledger in ledgers]
+    for ledger, layout in zip(ledgers, layouts, strict=True):
+        if layout != layouts[0]:
+            raise MdAssetsError(
+                f"{ledger.dataset} {ledger.archive}: its arrays are {layout}, those of {ledgers[0].archive} {layouts[0]}",
+                "Materialize the latents of one of them again",
+            )
+    return layouts[0]

@@ -1,0 +1,149 @@
+"""Doing an archive's work once: passing over what is current, one worker at a time, publishing at the end.
+
+Here: what all stages that publish an archive share. Not here: the work itself, nor the protocol on disk
+(`storage.publish`).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from md_assets import __version__
+from md_assets.core.errors import ArchiveError, CorruptArchiveError, MdAssetsError, SourceError
+from md_assets.core.ledger import Ledger
+from md_assets.core.paths import StageDir
+from md_assets.core.settings import fingerprint
+from md_assets.storage.publish import clear_leftovers, publish, read_ledger, workspace
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one archive: its ledger, and whether it had been published before."""
+
+    ledger: Ledger
+    passed_over: bool
+
+
+@dataclass(frozen=True)
+class Made:
+    """Finished data in a workspace, and the ledger that describes them."""
+
+    data: Path
+    ledger: Ledger
+
+
+def published(stage_dir: StageDir, archive: str) -> Ledger | None:
+    """The ledger of an archive whose data are all there, else None.
+
+    A ledger that cannot be read, and data that do not have the ledgered sizes, count as unpublished: the next
+    run replaces them.
+    """
+    try:
+        ledger = read_ledger(stage_dir.ledger(archive))
+    except MdAssetsError:
+        return None
+    if ledger is None:
+        return None
+    for file in ledger.files:
+        path = stage_dir.path / file.path
+        if not path.is_file() or path.stat().st_size != file.bytes:
+            return None
+    return ledger
+
+
+def current(
+    stage_dir: StageDir, archive: str, settings: Mapping[str, Any], inputs: Mapping[str, str]
+) -> Ledger | None:
+    """The ledger of an archive that is published and made from these inputs with these settings, else None."""
+    ledger = published(stage_dir, archive)
+    return ledger if ledger is not None and ledger.is_current(settings, inputs) else None
+
+
+def upstream_ledger(stage_dir: StageDir, archive: str, settings: Mapping[str, Any]) -> Ledger:
+    """The ledger that a stage builds on, checked.
+
+    Args:
+        stage_dir: of the upstream stage.
+        archive: its ID.
+        settings: those that the upstream stage must have been made with.
+
+    Raises:
+        ArchiveError: the archive is not published there, does not balance, or was made with other settings.
+    """
+
+    def refuse(what: str, remedy: str, reason: str) -> ArchiveError:
+        return ArchiveError(stage_dir.dataset, archive, what, remedy, reason=reason)
+
+    ledger = published(stage_dir, archive)
+    again = f"Materialize {stage_dir.dataset}/{stage_dir.stage} of it"
+    if ledger is None:
+        raise refuse(f"{stage_dir.stage} is not published", again, "upstream_missing")
+    if not ledger.balances:
+        raise refuse(
+            f"the ledger of {stage_dir.stage} does not balance: {ledger.read} read, {ledger.kept} kept, "
+            f"{ledger.rejected_count} rejected",
+            again,
+            "unbalanced",
+        )
+    if ledger.fingerprint != fingerprint(settings):
+        raise refuse(f"{stage_dir.stage} was made with other settings", again, "stale")
+    return ledger
+
+
+def once(
+    stage_dir: StageDir,
+    archive: str,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    make: Callable[[Path], Made],
+    on_wait: Callable[[], None] | None = None,
+) -> Outcome:
+    """Publish an archive unless that is done already.
+
+    Args:
+        stage_dir: where it is published.
+        archive: its ID.
+        settings, inputs: what decides whether a published one is current.
+        make: does the work in a workspace that nobody else uses, and leaves its result there.
+        on_wait: called when another process works on the same archive and this one must wait for it.
+
+    Raises:
+        ArchiveError: the work failed; nothing was published, what was there before is untouched.
+    """
+    done = current(stage_dir, archive, settings, inputs)
+    if done is not None:
+        clear_leftovers(stage_dir.ledger(archive))
+        return Outcome(done, passed_over=True)
+    started = time.monotonic()
+    try:
+        with workspace(stage_dir.ledger(archive), on_wait=on_wait) as own:
+            done = current(stage_dir, archive, settings, inputs)
+            if done is not None:  # whoever we waited for has done it
+                return Outcome(done, passed_over=True)
+            made = make(own)
+            ledger = replace(made.ledger, seconds=round(time.monotonic() - started, 3))
+            return Outcome(publish(stage_dir, made.data, ledger), passed_over=False)
+    except ArchiveError:
+        raise
+    except (SourceError, CorruptArchiveError) as error:
+        transient = isinstance(error, SourceError) and error.transient
+        raise ArchiveError(
+            stage_dir.dataset, archive, error.what, error.remedy, reason=error.reason, transient=transient
+        ) from error
+    except MdAssetsError as error:
+        raise ArchiveError(stage_dir.dataset, archive, error.what, error.remedy, reason="failed") from error
+    except OSError as error:
+        what = f"{error.strerror or error} at {error.filename}" if error.filename else str(error)
+        raise ArchiveError(
+            stage_dir.dataset, archive, what, "Check space and permissions of the data root", reason="disk"
+        ) from error
+
+
+def versions_of(*packages: str) -> dict[str, str]:
+    """Version of md_assets and of each installed package, by its name in the package index."""
+    return {"md_assets": __version__} | {package: importlib.metadata.version(package) for package in packages}

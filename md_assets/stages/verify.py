@@ -1,0 +1,154 @@
+"""verify: what can be said of a published archive by reading it again.
+
+Here: the checks, each of which reads the disk and trusts no writer. Not here: when they run and where their
+results are shown, see `orchestration.checks`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from md_assets.core.errors import MdAssetsError
+from md_assets.core.ledger import Ledger
+from md_assets.core.paths import StageDir
+from md_assets.core.schema import ITEM_BYTES, latents_column
+from md_assets.storage.mds import ShardReader, read_index, verify_shards
+from md_assets.storage.publish import output_file, read_ledger
+
+ROWS_SAMPLED = 64
+"""Rows of a latents archive that `latents_valid` decodes, spread evenly; reading all would cost as much as writing."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The result of one check on one archive.
+
+    Attributes:
+        check: its name.
+        passed: whether it holds.
+        what: one sentence: what was found.
+        facts: numbers worth showing.
+    """
+
+    check: str
+    passed: bool
+    what: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def counts_balance(stage_dir: StageDir, archive: str, upstream: StageDir | None) -> Verdict:
+    """Every sample read is kept or rejected, and as many were read as upstream kept."""
+
+    def check(ledger: Ledger) -> Verdict:
+        facts = {"read": ledger.read, "kept": ledger.kept, "rejected": ledger.rejected_count}
+        if not ledger.balances:
+            return Verdict(
+                "counts_balance",
+                False,
+                f"{ledger.read} read, but {ledger.kept} kept + {ledger.rejected_count} rejected",
+                facts,
+            )
+        if upstream is not None:
+            kept_upstream = _ledger(upstream, archive).kept
+            facts["kept_upstream"] = kept_upstream
+            if kept_upstream != ledger.read:
+                return Verdict(
+                    "counts_balance", False, f"{upstream.stage} kept {kept_upstream}, here {ledger.read} were read", facts
+                )
+        return Verdict("counts_balance", True, f"{ledger.read} read = {ledger.kept} kept + rest rejected", facts)
+
+    return _checked("counts_balance", stage_dir, archive, check)
+
+
+def tar_intact(stage_dir: StageDir, archive: str) -> Verdict:
+    """The raw tar has the size and the hash of its ledger."""
+
+    def check(ledger: Ledger) -> Verdict:
+        (expected,) = ledger.files
+        found = output_file(stage_dir.path / expected.path, expected.path)
+        return Verdict("tar_intact", found == expected, f"{found.bytes} bytes, sha256 {found.sha256[:16]}…")
+
+    return _checked("tar_intact", stage_dir, archive, check)
+
+
+def shards_intact(stage_dir: StageDir, archive: str) -> Verdict:
+    """Every shard of the index is there with its size, rows and hash, and the rows are as many as the ledger says."""
+
+    def check(ledger: Ledger) -> Verdict:
+        rows = verify_shards(stage_dir.data(archive))
+        facts = {"rows": rows, "files": len(ledger.files), "bytes": ledger.bytes_out}
+        if rows != ledger.kept:
+            return Verdict("shards_intact", False, f"{rows} rows in the shards, {ledger.kept} in the ledger", facts)
+        return Verdict("shards_intact", True, f"{rows} rows, {ledger.bytes_out} bytes, hashes agree", facts)
+
+    return _checked("shards_intact", stage_dir, archive, check)
+
+
+def latents_valid(stage_dir: StageDir, archive: str) -> Verdict:
+    """A sample of rows has the shapes and the element type that the ledger promises, all values finite."""
+
+    def check(ledger: Ledger) -> Verdict:
+        dtype = ledger.details["dtype"]
+        shapes = {"caption_latents": tuple(ledger.details["caption_latents"])}
+        shapes |= {latents_column(int(px)): tuple(shape) for px, shape in ledger.details["image_latents"].items()}
+        shards = read_index(stage_dir.data(archive))
+        rows = sum(shard.rows for shard in shards)
+        if rows != ledger.kept:
+            return Verdict("latents_valid", False, f"{rows} rows in the index, {ledger.kept} in the ledger")
+        sampled = 0
+        for shard, positions in _spread(shards, rows):
+            reader = ShardReader(shard)
+            for position in positions:
+                row = reader[position]
+                if fault := _fault(row, shapes, dtype):
+                    return Verdict("latents_valid", False, f"sample {row.get('key')}: {fault}")
+                sampled += 1
+        return Verdict(
+            "latents_valid",
+            True,
+            f"{rows} rows, {sampled} of them decoded: shapes, {dtype} and finite values as promised",
+            {"rows": rows, "rows_decoded": sampled},
+        )
+
+    return _checked("latents_valid", stage_dir, archive, check)
+
+
+def _fault(row: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], dtype: str) -> str | None:
+    for column, shape in shapes.items():
+        data = row.get(column)
+        expected_bytes = math.prod(shape) * ITEM_BYTES[dtype]
+        if not isinstance(data, bytes) or len(data) != expected_bytes:
+            return f"{column} has {len(data) if data else 0} bytes, {shape} in {dtype} are {expected_bytes}"
+        if not np.isfinite(np.frombuffer(data, dtype)).all():
+            return f"{column} has values that are not finite"
+    return None
+
+
+def _spread(shards: Sequence[Any], rows: int) -> list[tuple[Any, list[int]]]:
+    """At most `ROWS_SAMPLED` positions, evenly over all shards, the first and the last row among them."""
+    count = min(rows, ROWS_SAMPLED)
+    wanted = sorted({round(i * (rows - 1) / max(count - 1, 1)) for i in range(count)})
+    spread, start = [], 0
+    for shard in shards:
+        spread.append((shard, [row - start for row in wanted if start <= row < start + shard.rows]))
+        start += shard.rows
+    return spread
+
+
+def _checked(name: str, stage_dir: StageDir, archive: str, check: Callable[[Ledger], Verdict]) -> Verdict:
+    try:
+        return check(_ledger(stage_dir, archive))
+    except (MdAssetsError, OSError, KeyError, TypeError, ValueError) as error:
+        return Verdict(name, False, f"{stage_dir.dataset} {archive}: {error}")
+
+
+def _ledger(stage_dir: StageDir, archive: str) -> Ledger:
+    ledger = read_ledger(stage_dir.ledger(archive))
+    if ledger is None:
+        raise MdAssetsError(f"{stage_dir.stage} is not published", "Materialize it")
+    return ledger
