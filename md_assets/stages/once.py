@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -120,27 +121,36 @@ def once(
         clear_leftovers(stage_dir.ledger(archive))
         return Outcome(done, passed_over=True)
     started = time.monotonic()
+    with (
+        archive_errors(stage_dir.dataset, archive),
+        workspace(stage_dir.ledger(archive), on_wait=on_wait) as own,
+    ):
+        done = current(stage_dir, archive, settings, inputs)
+        if done is not None:  # whoever we waited for has done it
+            return Outcome(done, passed_over=True)
+        made = make(own)
+        ledger = replace(made.ledger, seconds=round(time.monotonic() - started, 3))
+        return Outcome(publish(stage_dir, made.data, ledger), passed_over=False)
+
+
+@contextmanager
+def archive_errors(dataset: str, archive: str) -> Iterator[None]:
+    """Whatever goes wrong in the block with bytes, servers and disks becomes an `ArchiveError` of this archive."""
     try:
-        with workspace(stage_dir.ledger(archive), on_wait=on_wait) as own:
-            done = current(stage_dir, archive, settings, inputs)
-            if done is not None:  # whoever we waited for has done it
-                return Outcome(done, passed_over=True)
-            made = make(own)
-            ledger = replace(made.ledger, seconds=round(time.monotonic() - started, 3))
-            return Outcome(publish(stage_dir, made.data, ledger), passed_over=False)
+        yield
     except ArchiveError:
         raise
     except (SourceError, CorruptArchiveError) as error:
         transient = isinstance(error, SourceError) and error.transient
         raise ArchiveError(
-            stage_dir.dataset, archive, error.what, error.remedy, reason=error.reason, transient=transient
+            dataset, archive, error.what, error.remedy, reason=error.reason, transient=transient
         ) from error
     except MdAssetsError as error:
-        raise ArchiveError(stage_dir.dataset, archive, error.what, error.remedy, reason="failed") from error
+        raise ArchiveError(dataset, archive, error.what, error.remedy, reason="failed") from error
     except OSError as error:
         what = f"{error.strerror or error} at {error.filename}" if error.filename else str(error)
         raise ArchiveError(
-            stage_dir.dataset, archive, what, "Check space and permissions of the data root", reason="disk"
+            dataset, archive, what, "Check space and permissions of the data root", reason="disk"
         ) from error
 
 

@@ -17,7 +17,7 @@ from md_assets.core.progress import Progress, ReportProgress, silent
 from md_assets.core.settings import ImageSettings, raw_settings
 from md_assets.core.source import BytesProgress, RemoteFile
 from md_assets.core.spec import DatasetSpec, Rejected, Sample
-from md_assets.stages.once import Made, Outcome, once, versions_of
+from md_assets.stages.once import Made, Outcome, archive_errors, once, versions_of
 from md_assets.storage.archives import iter_members
 from md_assets.storage.image_pool import Prepared
 from md_assets.storage.publish import scratch, with_files
@@ -39,7 +39,7 @@ class ImagePreparer(Protocol):
 def fetch_archive(
     spec: DatasetSpec,
     archive: str,
-    remote: RemoteFile,
+    locate: Callable[[], RemoteFile],
     root: DataRoot,
     images: ImageSettings,
     *,
@@ -53,7 +53,7 @@ def fetch_archive(
 
     Args:
         spec, archive: which one.
-        remote: its file at the source, as listed; its content decides whether a published one is current.
+        locate: tells its file at the source, whose content decides whether a published one is current.
         root: where to publish.
         images: which images to keep, and how.
         fetcher, pool: see their protocols.
@@ -68,6 +68,8 @@ def fetch_archive(
     download where it was cut off.
     """
     stage_dir = root.raw(spec.slug)
+    with archive_errors(spec.slug, archive):
+        remote = locate()
     settings, inputs = raw_settings(images), {"archive": remote.content_id}
     suffix = "".join(Path(remote.name).suffixes[-1:])
 

@@ -7,8 +7,7 @@ results are shown, see `orchestration.checks`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,28 +16,27 @@ from md_assets.core.errors import MdAssetsError
 from md_assets.core.ledger import Ledger
 from md_assets.core.paths import StageDir
 from md_assets.core.schema import ITEM_BYTES, latents_column
-from md_assets.storage.mds import ShardReader, read_index, verify_shards
+from md_assets.core.verdict import CHECKS_OF_STAGE, Verdict
+from md_assets.storage.mds import row_count, spread_rows, verify_shards
 from md_assets.storage.publish import output_file, read_ledger
 
 ROWS_SAMPLED = 64
 """Rows of a latents archive that `latents_valid` decodes, spread evenly; reading all would cost as much as writing."""
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """The result of one check on one archive.
+def verify_archive(stage_dir: StageDir, upstream: StageDir | None, archive: str) -> Iterator[Verdict]:
+    """The verdicts of all checks of a stage on one published archive, in the order of `CHECKS_OF_STAGE`.
 
-    Attributes:
-        check: its name.
-        passed: whether it holds.
-        what: one sentence: what was found.
-        facts: numbers worth showing.
+    Args:
+        stage_dir: where the archive is published.
+        upstream: the stage whose kept samples were read here; None for raw.
+        archive: its ID.
     """
-
-    check: str
-    passed: bool
-    what: str
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    for name in CHECKS_OF_STAGE[stage_dir.stage]:
+        if name == "counts_balance":
+            yield counts_balance(stage_dir, archive, upstream)
+        else:
+            yield _CHECKS[name](stage_dir, archive)
 
 
 def counts_balance(stage_dir: StageDir, archive: str, upstream: StageDir | None) -> Verdict:
@@ -96,18 +94,14 @@ def latents_valid(stage_dir: StageDir, archive: str) -> Verdict:
         dtype = ledger.details["dtype"]
         shapes = {"caption_latents": tuple(ledger.details["caption_latents"])}
         shapes |= {latents_column(int(px)): tuple(shape) for px, shape in ledger.details["image_latents"].items()}
-        shards = read_index(stage_dir.data(archive))
-        rows = sum(shard.rows for shard in shards)
+        rows = row_count(stage_dir.data(archive))
         if rows != ledger.kept:
             return Verdict("latents_valid", False, f"{rows} rows in the index, {ledger.kept} in the ledger")
         sampled = 0
-        for shard, positions in _spread(shards, rows):
-            reader = ShardReader(shard)
-            for position in positions:
-                row = reader[position]
-                if fault := _fault(row, shapes, dtype):
-                    return Verdict("latents_valid", False, f"sample {row.get('key')}: {fault}")
-                sampled += 1
+        for row in spread_rows(stage_dir.data(archive), ROWS_SAMPLED):
+            if fault := _fault(row, shapes, dtype):
+                return Verdict("latents_valid", False, f"sample {row.get('key')}: {fault}")
+            sampled += 1
         return Verdict(
             "latents_valid",
             True,
@@ -129,17 +123,6 @@ def _fault(row: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], dtype:
     return None
 
 
-def _spread(shards: Sequence[Any], rows: int) -> list[tuple[Any, list[int]]]:
-    """At most `ROWS_SAMPLED` positions, evenly over all shards, the first and the last row among them."""
-    count = min(rows, ROWS_SAMPLED)
-    wanted = sorted({round(i * (rows - 1) / max(count - 1, 1)) for i in range(count)})
-    spread, start = [], 0
-    for shard in shards:
-        spread.append((shard, [row - start for row in wanted if start <= row < start + shard.rows]))
-        start += shard.rows
-    return spread
-
-
 def _checked(name: str, stage_dir: StageDir, archive: str, check: Callable[[Ledger], Verdict]) -> Verdict:
     try:
         return check(_ledger(stage_dir, archive))
@@ -152,3 +135,10 @@ def _ledger(stage_dir: StageDir, archive: str) -> Ledger:
     if ledger is None:
         raise MdAssetsError(f"{stage_dir.stage} is not published", "Materialize it")
     return ledger
+
+
+_CHECKS: Mapping[str, Callable[[StageDir, str], Verdict]] = {
+    "tar_intact": tar_intact,
+    "shards_intact": shards_intact,
+    "latents_valid": latents_valid,
+}

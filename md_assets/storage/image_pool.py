@@ -5,7 +5,6 @@ Here: the pool. Not here: what is done to an image, see `storage.images`.
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -18,6 +17,7 @@ from types import TracebackType
 from md_assets.core.errors import MdAssetsError
 from md_assets.core.settings import ImageSettings
 from md_assets.core.spec import Rejected, Sample
+from md_assets.storage.child_process import die_with_parent
 from md_assets.storage.images import StoredImage, prepare_image
 
 Prepared = tuple[Sample, StoredImage] | Rejected
@@ -27,9 +27,6 @@ IMAGES_IN_FLIGHT_PER_WORKER = 4
 
 BYTES_IN_FLIGHT = 512 * 2**20
 """Bytes of undecoded images that may wait for a worker, whatever their number."""
-
-_PR_SET_PDEATHSIG = 1
-"""linux/prctl.h"""
 
 
 class ImagePool:
@@ -89,7 +86,7 @@ class ImagePool:
             # Not fork: the parent may have threads. One server imports what workers need and forks them all.
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["__main__", "md_assets.storage.images"])
-            self._executor = ProcessPoolExecutor(self.num_workers, context, _die_with_parent)
+            self._executor = ProcessPoolExecutor(self.num_workers, context, _start_worker)
         return self._executor
 
     def __enter__(self) -> ImagePool:
@@ -113,10 +110,10 @@ def _result(sample: Sample | Rejected, future: Future[StoredImage | str] | None)
     return _judged(sample, future.result())
 
 
-def _die_with_parent() -> None:
-    """End this worker when the fork server ends, which ends with the parent.
+def _start_worker() -> None:
+    """Make this worker end when the fork server ends, which ends with the parent.
 
     A worker waits for work on a queue of which it holds both ends, so it would outlive a killed parent for ever.
     """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle

@@ -195,6 +195,21 @@ def iter_rows(directory: Path) -> Iterator[dict[str, Any]]:
             yield reader[row]
 
 
+def spread_rows(directory: Path, count: int) -> Iterator[dict[str, Any]]:
+    """At most `count` rows of a directory of shards, spread evenly, the first and the last among them."""
+    shards = read_index(directory)
+    rows = sum(shard.rows for shard in shards)
+    count = min(rows, count)
+    wanted = sorted({round(i * (rows - 1) / max(count - 1, 1)) for i in range(count)})
+    start = 0
+    for shard in shards:
+        positions = [row - start for row in wanted if start <= row < start + shard.rows]
+        if positions:
+            reader = ShardReader(shard)
+            yield from (reader[position] for position in positions)
+        start += shard.rows
+
+
 def row_count(directory: Path) -> int:
     """Rows of a directory as its index says."""
     return sum(shard.rows for shard in read_index(directory))

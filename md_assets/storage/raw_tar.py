@@ -144,3 +144,12 @@ def iter_raw_tar(path: Path, expected: OutputFile) -> Iterator[RawSample]:
         raise damaged from error
     if (hashing.bytes, hashing.digest.hexdigest()) != (expected.bytes, expected.sha256):
         raise damaged
+
+
+def spread_jpegs(path: Path, count: int) -> list[bytes]:
+    """At most `count` images of a raw tar, spread evenly over it; reads headers and those images only."""
+    with tarfile.open(path, mode="r:") as tar:
+        members = [info for info in tar.getmembers() if info.name.endswith(".jpg")]
+        count = min(count, len(members))
+        chosen = [members[i * len(members) // count] for i in range(count)]
+        return [content.read() for info in chosen if (content := tar.extractfile(info)) is not None]

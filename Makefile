@@ -1,0 +1,83 @@
+# Needs Python 3.10-3.12, make and git; everything else is installed into .venv by the first target that needs it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SYSTEM_PACKAGES := chromium# what Debian must bring: a real browser for the tests that look at Dagster's pages
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo demo-ui check lint types layers test test-fast chromium system-packages constraints clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## a miniature JourneyDB from a loopback Hub to latents that a trainer loads
+	@$(BIN)/md-assets demo
+
+demo-ui: $(STAMP) ## the demo's data in Dagster's UI, with the Hub still answering
+	@$(BIN)/md-assets demo --ui
+
+# `check` is all that can be told without running the code, `test` all that must be run: CI calls both and does
+# nothing twice.
+check: lint types layers ## lint, types and import layers: seconds
+
+lint: $(STAMP) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## mypy
+	$(BIN)/mypy
+
+layers: $(STAMP) ## import-linter: who may import whom
+	$(BIN)/lint-imports
+
+test: $(STAMP) chromium ## the whole suite; ARGS='-k word' for a part of it
+	$(BIN)/pytest $(ARGS)
+
+test-fast: $(STAMP) ## without process kills, browsers, environments and whole pipelines
+	$(BIN)/pytest -m "not slow" $(ARGS)
+
+# Without a browser its tests are skipped with a reason, except in CI, where they fail.
+chromium:
+	@command -v chromium >/dev/null && exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && $(MAKE) --no-print-directory system-packages; then :; \
+	else echo "chromium is missing: browser tests will be skipped (make system-packages, as root, installs it)"; fi
+
+system-packages: ## what the tests need from Debian, by apt-get; as root
+	apt-get update -q
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $(SYSTEM_PACKAGES)
+
+venv: $(STAMP) ## the environment; made anew only when pyproject.toml or constraints.txt change
+
+# uv installs the 6 GB in half a minute, pip in several; so where there is none, pip installs uv first. Where uv cannot
+# (it does not read pip.conf, which may name the only registry that this machine reaches), pip does it all.
+export UV_SYSTEM_CERTS := 1# trust what pip and git trust; UV_NATIVE_TLS is its name in older versions
+export UV_NATIVE_TLS := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+PACKAGES := -e '.[dev]' -c constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' || { echo \
+	  "md_assets needs Python 3.10, 3.11 or 3.12; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+	  "Name another: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
+	@set -e; uv=$$(command -v uv || true); \
+	if ! $(BIN)/python -c "" 2>/dev/null; then \
+	  rm -rf $(VENV); \
+	  if [ -n "$$uv" ]; then uv venv -q --seed --python "$$(command -v $(PYTHON))" $(VENV); \
+	  elif $(PYTHON) -c "import ensurepip" 2>/dev/null; then $(PYTHON) -m venv $(VENV); \
+	  else echo "This Python cannot make environments: install uv, or Debian's python3-venv." >&2; exit 1; fi; \
+	fi; \
+	if [ -z "$$uv" ]; then uv=$(BIN)/uv; [ -x $$uv ] || $(BIN)/python -m pip install -q uv || true; fi; \
+	echo "Installing into $(VENV) (about 6 GB with PyTorch and CUDA; half a minute to some minutes)"; \
+	$$uv pip install -q --python $(BIN)/python $(PACKAGES) || { \
+	  echo "uv could not; pip tries, which takes minutes" >&2; $(BIN)/python -m pip install -q $(PACKAGES); }
+	@touch $@
+
+# Versions that are in the file already stay unless pyproject.toml excludes them; `make constraints ARGS=--upgrade`.
+constraints: $(STAMP) ## constraints.txt anew from pyproject.toml
+	@uv=$$(command -v uv || echo $(BIN)/uv); $$uv pip compile -q --universal --python-version 3.10 --extra dev \
+	  --no-annotate --custom-compile-command "make constraints" pyproject.toml -o constraints.txt $(ARGS)
+
+clean: ## environment, caches, build output and the demo's data; never datadir
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache demo_data
+	find md_assets md_assets_tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,46 @@
+"""The checks of each stage and what a check finds.
+
+Here: names and results. Not here: the checks themselves, see `stages.verify`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from md_assets.core.paths import Stage
+
+CHECKS_OF_STAGE: Mapping[Stage, Mapping[str, str]] = {
+    "raw": {
+        "counts_balance": "Every sample of the upstream archive was kept or rejected with a reason.",
+        "tar_intact": "The published tar has the size and hash of its ledger.",
+    },
+    "mds": {
+        "counts_balance": "Every sample that raw kept was read here, and kept or rejected with a reason.",
+        "shards_intact": "Every shard is there with the size, rows and hash of its index.",
+    },
+    "latents": {
+        "counts_balance": "Every sample that mds kept was read here and has latents.",
+        "shards_intact": "Every shard is there with the size, rows and hash of its index.",
+        "latents_valid": "As many rows as promised; a sample of them has the promised shapes and finite values.",
+    },
+}
+"""Stage -> check -> what it says, in the order in which they run."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The result of one check on one archive.
+
+    Attributes:
+        check: its name.
+        passed: whether it holds.
+        what: one sentence: what was found.
+        facts: numbers worth showing.
+    """
+
+    check: str
+    passed: bool
+    what: str
+    facts: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,118 @@
+"""A run over a range of archives in which each archive stands or falls alone.
+
+Each archive that is published is recorded at once, with its metadata and checks; one that fails is logged and the
+run goes on; after the last one the step fails and names the failed ones. So the run is red, what is done stays done,
+and a re-run passes over it. (Returning a result from a ranged run would record every partition of the range.)
+
+Here: recording. Not here: the work on an archive, see `stages/`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Optional
+
+import dagster as dg
+
+from md_assets.core.errors import ArchiveError
+from md_assets.core.paths import StageDir
+from md_assets.core.progress import ProgressLines
+from md_assets.orchestration.checks import evaluate
+from md_assets.orchestration.metadata import archive_metadata
+from md_assets.stages.once import Outcome
+
+DATA_VERSION_TAG = "dagster/data_version"
+"""`dagster._core.definitions.data_version.DATA_VERSION_TAG`, which Dagster does not export."""
+
+FAILED_SHOWN = 20
+"""Failed archives that the failure's sentence names; its table has all of them."""
+
+
+class ArchiveRun:
+    """Records what becomes of each archive of a run.
+
+    Args:
+        context: of the asset.
+        key: the asset.
+        stage_dir: where the run publishes.
+        upstream: where the stage reads; None for raw.
+
+    Attributes:
+        progress: takes the stages' progress and writes it to the run's log.
+        failures: archives that failed so far.
+    """
+
+    def __init__(
+        self, context: dg.AssetExecutionContext, key: dg.AssetKey, stage_dir: StageDir, upstream: Optional[StageDir]
+    ) -> None:
+        self._context = context
+        self._key = key
+        self._stage_dir = stage_dir
+        self._upstream = upstream
+        self._name = key.to_user_string()
+        self._done = self._passed_over = 0
+        self.progress = ProgressLines(stage_dir.dataset, context.log.info)
+        self.failures: list[ArchiveError] = []
+
+    def each(self, archives: Sequence[str], work: Callable[[str], Outcome]) -> None:
+        """Do `work` on each archive in order and record it."""
+        for archive in archives:
+            try:
+                self.record(work(archive))
+            except ArchiveError as error:
+                self.fail(error)
+
+    def record(self, outcome: Outcome) -> None:
+        """An archive is published; checks run on it unless it had been published before."""
+        ledger = outcome.ledger
+        self._done += 1
+        self._passed_over += outcome.passed_over
+        self._context.log_event(
+            dg.AssetMaterialization(
+                self._key,
+                partition=ledger.archive,
+                metadata=archive_metadata(self._stage_dir, ledger, outcome.passed_over),
+                tags={DATA_VERSION_TAG: ledger.content_id[:32]},
+            )
+        )
+        if outcome.passed_over:
+            self._context.log.info(f"{self._name} {ledger.archive}: already published, passed over")
+            return
+        self._context.log.info(
+            f"{self._name} {ledger.archive}: {ledger.read:,} read, {ledger.kept:,} kept, "
+            f"{ledger.rejected_count:,} rejected in {ledger.seconds:.1f} s"
+        )
+        for evaluation in evaluate(self._key, self._stage_dir, self._upstream, ledger.archive):
+            self._context.log_event(evaluation)
+            if not evaluation.passed:
+                self._context.log.error(f"{self._name} {ledger.archive}: {evaluation.description}")
+
+    def fail(self, error: ArchiveError) -> None:
+        """An archive failed; nothing of it is published."""
+        self.failures.append(error)
+        self._context.log.error(f"{self._name}: {error}")
+
+    def waiting(self, archive: str) -> None:
+        """Another run works on the archive."""
+        self._context.log.info(f"{self._name} {archive}: another run works on it, waiting")
+
+    def finish(self, archives: Sequence[str]) -> None:
+        """End the run.
+
+        Raises:
+            dg.Failure: some archives failed. Retried by Dagster if waiting may help one of them.
+        """
+        summary = f"{self._name}: {self._done - self._passed_over} published, {self._passed_over} passed over"
+        if not self.failures:
+            self._context.log.info(f"{summary}, of {len(archives)}")
+            return
+        named = "; ".join(str(error) for error in self.failures[:FAILED_SHOWN])
+        rows = [f"| {e.archive} | {e.reason} | {e.what.replace('|', '/')} | {e.remedy} |" for e in self.failures]
+        raise dg.Failure(
+            f"{len(self.failures)} of {len(archives)} archives failed. {named}",
+            metadata={
+                "failed_archives": dg.MetadataValue.md(
+                    "\n".join(["| archive | reason | what | remedy |", "| --- | --- | --- | --- |", *rows])
+                ),
+                "summary": f"{summary}, {len(self.failures)} failed",
+            },
+            allow_retries=any(error.transient for error in self.failures),
+        )

@@ -1,0 +1,167 @@
+"""Starting the encoding processes of a run and recording what they publish, while they run.
+
+Here: the launch through `accelerate` and Dagster Pipes, and their end. Not here: what the processes do
+(`orchestration.latents_worker`, `stages.latents`).
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from dagster._core.pipes.context import build_external_execution_context_data
+
+from md_assets.core.errors import ArchiveError
+from md_assets.orchestration.archive_run import ArchiveRun
+from md_assets.stages.latents import LatentsPlan
+from md_assets.stages.once import Outcome
+from md_assets.storage.child_process import die_with_parent
+
+WORKER_MODULE = "md_assets.orchestration.latents_worker"
+
+POLL_S = 0.2
+"""Seconds between two looks at the processes and their messages."""
+
+TERMINATION_GRACE_S = 10.0
+"""Seconds that the processes have to end by themselves before they are killed."""
+
+
+def encode(context: dg.AssetExecutionContext, run: ArchiveRun, plan: LatentsPlan, num_processes: int) -> None:
+    """Encode the archives of `plan` in processes of their own, and record each as soon as it is published.
+
+    Args:
+        context, run: of the asset.
+        plan: what to encode.
+        num_processes: ≥ 1.
+
+    Raises:
+        dg.Failure: the processes did not work at all, e.g. because an encoder cannot be loaded.
+    """
+    with tempfile.TemporaryDirectory(prefix="md_assets-latents-") as folder, _pipes_session(context) as session:
+        plan_path, events_dir = Path(folder, "plan.json"), Path(folder, "events")
+        plan_path.write_text(plan.to_json(), encoding="utf-8")
+        events_dir.mkdir()
+        events = _Events(run, plan)
+        command = [*launch_command(num_processes), str(plan_path), str(events_dir)]
+        environment = {**os.environ, **session.get_bootstrap_env_vars()}
+        with _launched(command, environment) as process:
+            while process.poll() is None:
+                events.take(session.get_custom_messages())
+                time.sleep(POLL_S)
+    # Leaving the session reads the messages to their end, so nothing that was published goes unrecorded.
+    events.take(session.get_custom_messages())
+    if events.fatal:
+        raise dg.Failure(f"No latents were encoded: {events.fatal}", allow_retries=False)
+    for archive in events.unaccounted():
+        error = ArchiveError(
+            plan.dataset,
+            archive,
+            f"its encoding process ended (exit code {process.returncode}) before the archive was done",
+            "Look at the run's stderr (out of memory?) and run it again",
+            reason="process_died",
+        )
+        run.fail(error)
+
+
+def launch_command(num_processes: int) -> list[str]:
+    """The command line that starts the encoding processes, to be followed by their arguments."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    single_machine = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    if num_processes > 1:
+        single_machine += ["--multi_gpu", "--main_process_port", "0"]  # torchrun; works on CPUs alike
+    return [*launcher, *single_machine, "--num_processes", str(num_processes), "--module", WORKER_MODULE]
+
+
+class _Events:
+    """Takes the worker's events once each."""
+
+    def __init__(self, run: ArchiveRun, plan: LatentsPlan) -> None:
+        self._run = run
+        self._plan = plan
+        self._taken = 0
+        self._accounted: set[str] = set()
+        self.fatal = ""
+
+    def take(self, messages: Any) -> None:
+        for event in messages[self._taken :]:
+            self._taken += 1
+            self._take(event)
+
+    def _take(self, event: dict[str, Any]) -> None:
+        kind, archive = event["event"], event.get("archive", "")
+        if kind in ("published", "passed_over"):
+            self._accounted.add(archive)
+            try:
+                ledger = self._plan.current(archive)
+                if ledger is None:
+                    raise ArchiveError(
+                        self._plan.dataset, archive, "was replaced by another run", "Run it again", reason="stale"
+                    )
+                self._run.record(Outcome(ledger, passed_over=kind == "passed_over"))
+            except ArchiveError as error:
+                self._run.fail(error)
+        elif kind == "failed":
+            self._accounted.add(archive)
+            what = event["error"].removeprefix(f"{self._plan.dataset} {archive}: ")
+            self._run.fail(
+                ArchiveError(
+                    self._plan.dataset, archive, what, reason=event["reason"], transient=event.get("transient", False)
+                )
+            )
+        elif kind == "waiting":
+            self._run.waiting(archive)
+        elif kind == "fatal":
+            self.fatal = event["error"]
+
+    def unaccounted(self) -> list[str]:
+        return [archive for archive in self._plan.archives if archive not in self._accounted]
+
+
+@contextmanager
+def _launched(command: list[str], environment: dict[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
+    """The launcher's process, ended when the block is left early or this process dies.
+
+    The encoding processes end with their launcher. They stay in this process's group, so that a signal to the group
+    reaches all of them.
+    """
+    process = subprocess.Popen(command, env=environment, preexec_fn=die_with_parent)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(TERMINATION_GRACE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@contextmanager
+def _pipes_session(context: dg.AssetExecutionContext) -> Iterator[dg.PipesSession]:
+    """A Pipes session for a run that records its archives itself.
+
+    `dg.open_pipes_session` insists that the step yields a result for the asset, which in a ranged run would record
+    every partition of the range; this one is made of the same parts without that.
+    """
+    reader = dg.PipesTempFileMessageReader()
+    handler = dg.PipesMessageHandler(context, reader)
+    context_data = build_external_execution_context_data(context, None)
+    with (
+        dg.PipesTempFileContextInjector().inject_context(context_data) as injector_params,
+        handler.handle_messages() as reader_params,
+    ):
+        yield dg.PipesSession(
+            context_data=context_data,
+            message_handler=handler,
+            context_injector_params=injector_params,
+            message_reader_params=reader_params,
+            context=context,
+        )
+

@@ -1,0 +1,87 @@
+"""What people see of an archive in the UI: its ledger as metadata, a table of rejects, a contact sheet.
+
+Here: values for Dagster. Not here: what is counted (`core.ledger`), how a picture is made (`storage.contact_sheet`).
+"""
+
+from collections.abc import Mapping
+from typing import Any, Optional
+
+import dagster as dg
+
+from md_assets.core.errors import MdAssetsError
+from md_assets.core.ledger import Ledger
+from md_assets.core.paths import StageDir
+
+KEYS_SHOWN = 5
+"""Keys of rejected samples in the table; all of them are in the ledger, whose path is shown too."""
+
+SHEET_IMAGES = 16
+
+
+def archive_metadata(stage_dir: StageDir, ledger: Ledger, passed_over: bool) -> dict[str, dg.MetadataValue]:
+    """The metadata of one published archive.
+
+    Args:
+        stage_dir: where it is published.
+        ledger: what happened to its samples.
+        passed_over: whether it had been published before; its pictures are not made again.
+    """
+    metadata: dict[str, Any] = {
+        "read": ledger.read,
+        "kept": ledger.kept,
+        "rejected": ledger.rejected_count,
+        "dagster/row_count": ledger.kept,
+        "bytes_in": ledger.bytes_in,
+        "bytes_out": ledger.bytes_out,
+        "seconds": ledger.seconds,
+        "images_per_s": round(ledger.read / ledger.seconds, 2) if ledger.seconds else 0.0,
+        "source": f"{ledger.source.get('name')} @ {ledger.source.get('revision')}",
+        "source_content_id": ledger.source.get("content_id", ""),
+        "fingerprint": ledger.fingerprint,
+        "versions": dg.MetadataValue.json(ledger.versions),
+        "details": dg.MetadataValue.json(ledger.details),
+        "ledger": dg.MetadataValue.path(str(stage_dir.ledger(ledger.archive))),
+        "data": dg.MetadataValue.path(str(stage_dir.data(ledger.archive))),
+        "passed_over": passed_over,
+    }
+    if ledger.rejected:
+        metadata["rejected_by_reason"] = dg.MetadataValue.md(rejects_table(ledger.rejected))
+    if not passed_over and (sheet := _contact_sheet(stage_dir, ledger)):
+        metadata["contact_sheet"] = dg.MetadataValue.md(f"![{SHEET_IMAGES} of {ledger.kept} samples]({sheet})")
+    return {key: dg.MetadataValue.text(value) if isinstance(value, str) else value for key, value in metadata.items()}
+
+
+def rejects_table(rejected: Mapping[str, list[str]]) -> str:
+    """Markdown: reason, samples, the first keys."""
+    rows = ["| reason | samples | keys |", "| --- | ---: | --- |"]
+    for reason, keys in sorted(rejected.items(), key=lambda item: -len(item[1])):
+        shown = ", ".join(f"`{key}`" for key in keys[:KEYS_SHOWN])
+        more = f" and {len(keys) - KEYS_SHOWN:,} more" if len(keys) > KEYS_SHOWN else ""
+        rows.append(f"| {reason} | {len(keys):,} | {shown}{more} |")
+    return "\n".join(rows)
+
+
+def _contact_sheet(stage_dir: StageDir, ledger: Ledger) -> Optional[str]:
+    """A picture of some samples as data URI; None where there is nothing to show."""
+    import numpy as np
+
+    from md_assets.storage.contact_sheet import image_sheet, latents_sheet
+    from md_assets.storage.mds import spread_rows
+    from md_assets.storage.raw_tar import spread_jpegs
+
+    data = stage_dir.data(ledger.archive)
+    try:
+        if stage_dir.stage == "raw":
+            return image_sheet(spread_jpegs(data, SHEET_IMAGES))
+        if stage_dir.stage == "mds":
+            return image_sheet([row["jpg"] for row in spread_rows(data, SHEET_IMAGES)])
+        if stage_dir.stage == "latents":
+            px, shape = next(iter(ledger.details["image_latents"].items()))
+            arrays = [
+                np.frombuffer(row[f"latents_{px}"], ledger.details["dtype"]).reshape(shape)
+                for row in spread_rows(data, SHEET_IMAGES)
+            ]
+            return latents_sheet(arrays)
+    except (MdAssetsError, OSError, ValueError):
+        return None  # the checks say what is wrong with the data; a missing picture is no failure
+    return None

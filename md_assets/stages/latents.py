@@ -1,0 +1,389 @@
+"""latents: encode the mds shards of archives to latents.
+
+Each archive is encoded by exactly one process. Processes do not talk to each other: an archive belongs to who
+holds its workspace, in this run or in another one. Within a process decoding (workers), encoding (main thread)
+and writing (one thread) of consecutive archives overlap.
+
+Importing this module imports no torch, so that whoever only asks what is left to do need not wait for it.
+
+Here: which archives are encoded, what becomes of the rows, and the ledger. Not here: the models and the batches
+(`encoders/`), the processes (`orchestration.latents_worker`).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from md_assets.core.errors import ArchiveError, MdAssetsError
+from md_assets.core.ledger import Ledger
+from md_assets.core.paths import DataRoot, StageDir
+from md_assets.core.schema import latents_columns
+from md_assets.core.settings import EncoderSettings, ImageSettings, latents_settings, mds_settings
+from md_assets.stages.once import current, upstream_ledger, versions_of
+from md_assets.storage.mds import Shard, ShardWriter, ledgered_files, read_index
+from md_assets.storage.publish import BusyError, publish, scratch, with_files, workspace
+
+if TYPE_CHECKING:
+    from md_assets.encoders.bundle import Encoded, Encoders
+
+PROGRESS_INTERVAL_S = 5.0
+"""A progress event of an archive comes at most this often."""
+
+BATCHES_AHEAD = 2
+"""Encoded batches that may wait for the writing thread: enough that neither waits for the other."""
+
+NAMED_KEYS = 5
+"""Keys that an error lists before it counts the rest."""
+
+VERSIONED = ("torch", "torchvision", "diffusers", "open_clip_torch", "mosaicml-streaming", "pillow")
+"""Packages that decide the stored values."""
+
+Report = Callable[[dict[str, Any]], None]
+"""Takes one event, which JSON can hold; called from two threads.
+
+Every event has `event` and `archive`; by `event`:
+    published: `rows`, `seconds`.
+    passed_over: published before, with the same settings and inputs.
+    failed: `error` (one line, names dataset, archive and remedy), `reason` (a stable word), `transient`.
+    waiting: another run works on the archive, and this process has nothing else to do.
+    progress: `done_images`, `total_images` of the archive, `images_per_s` of this process.
+Each archive that a process takes gets one of published, passed_over and failed.
+"""
+
+
+@dataclass(frozen=True)
+class LatentsPlan:
+    """What a run of the stage is to do; a value that can be handed to other processes as JSON.
+
+    Attributes:
+        data_root: absolute path of the data root.
+        dataset: slug.
+        archives: IDs, in the order in which they are encoded.
+        images: the settings that mds must have been made with.
+        encoders: what is computed and stored.
+        encoder_tag: of the output's path, see `core.encoder_tag`.
+        batch_size: rows that go through the models at once.
+        model_dtype: `auto` (bfloat16 on a GPU, float32 on a CPU), `float32`, `bfloat16` or `float16`.
+        num_workers: processes, for each encoding process, that decode and tokenize; 0 for none.
+        device: `auto` (a GPU for each process where there are some), or as torch spells it.
+    """
+
+    data_root: str
+    dataset: str
+    archives: tuple[str, ...]
+    images: ImageSettings
+    encoders: EncoderSettings
+    encoder_tag: str
+    batch_size: int = 32
+    model_dtype: str = "auto"
+    num_workers: int = 4
+    device: str = "auto"
+
+    def to_json(self) -> str:
+        """The plan as text; reading it back gives an equal plan."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> LatentsPlan:
+        """The plan that `to_json` wrote."""
+        body = json.loads(text)
+        encoders = body.pop("encoders")
+        encoders["image_resolutions"] = tuple(encoders["image_resolutions"])
+        return cls(
+            **{
+                **body,
+                "archives": tuple(body["archives"]),
+                "images": ImageSettings(**body["images"]),
+                "encoders": EncoderSettings(**encoders),
+            }
+        )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the rows of an archive."""
+        return latents_settings(self.images, self.encoders)
+
+    @property
+    def mds_dir(self) -> StageDir:
+        """Where the stage reads."""
+        return DataRoot(Path(self.data_root)).mds(self.dataset)
+
+    @property
+    def latents_dir(self) -> StageDir:
+        """Where the stage publishes."""
+        return DataRoot(Path(self.data_root)).latents(self.dataset, self.encoder_tag)
+
+    def upstream(self, archive: str) -> Ledger:
+        """The ledger of the archive's mds shards.
+
+        Raises:
+            ArchiveError: mds is not published, does not balance, or was made with other image settings.
+        """
+        return upstream_ledger(self.mds_dir, archive, mds_settings(self.images))
+
+    def current(self, archive: str) -> Ledger | None:
+        """The archive's latents ledger if there is nothing to do, else None.
+
+        Raises:
+            ArchiveError: see `upstream`.
+        """
+        return current(self.latents_dir, archive, self.settings, {"mds": self.upstream(archive).content_id})
+
+
+def encode_archives(plan: LatentsPlan, report: Report, archives: Iterable[str] | None = None) -> None:
+    """Encode and publish archives, each at once when it is finished.
+
+    Args:
+        plan: what to do.
+        report: see `Report`.
+        archives: IDs, taken one at a time when there is time for another; `plan.archives` by default.
+
+    Raises:
+        SettingsError: an encoder cannot be loaded or run.
+        MdAssetsError: a worker was killed. Archives that were being encoded are reported as failed.
+
+    A failing archive is reported and the others go on. Archives that another process works on are passed, and
+    looked at again at the end. May be repeated and killed at any time.
+    """
+    from md_assets.encoders.bundle import Encoders
+
+    encoders = Encoders.load(plan.encoders, plan.device, plan.model_dtype)
+    busy = _walk(plan, encoders, report, plan.archives if archives is None else archives, wait=False)
+    for archive in busy:
+        # One at a time: who waits while holding another archive could be waited for by the one he waits for.
+        _walk(plan, encoders, report, [archive], wait=True)
+
+
+def _walk(plan: LatentsPlan, encoders: Encoders, report: Report, archives: Iterable[str], wait: bool) -> list[str]:
+    """Encode `archives`; returns those that other processes work on."""
+    from md_assets.encoders.batches import Unreadable, batches
+
+    held: dict[str, _Claim] = {}
+    busy: list[str] = []
+
+    def claims() -> Iterator[_Claim]:
+        for archive in archives:
+            try:
+                claim = _claim(plan, encoders, report, archive, wait)
+            except BusyError:
+                busy.append(archive)
+            except (MdAssetsError, OSError) as error:
+                report(_failed(plan.dataset, archive, error))
+            else:
+                if claim is None:
+                    report({"event": "passed_over", "archive": archive})
+                elif claim.rows == 0:
+                    claim.publish()
+                else:
+                    held[archive] = claim
+                    yield claim
+
+    pin_memory = encoders.device.type == "cuda"
+    unwritten: deque[Future[None]] = deque()
+    try:
+        with ThreadPoolExecutor(1, "writes-latents") as writer:  # one thread, so what is submitted keeps its order
+            for batch in batches(claims(), encoders.preparation, plan.batch_size, plan.num_workers, pin_memory):
+                claim = held[batch.archive]
+                if claim.failed:
+                    continue
+                if isinstance(batch, Unreadable):
+                    claim.failed = True  # at once, so that no more of it is prepared
+                    remedy = f"Materialize {plan.dataset}/mds of it again"
+                    writer.submit(claim.fail, claim.error(batch.what, remedy, "damaged"))
+                    continue
+                unwritten.append(writer.submit(claim.write, encoders.encode(batch)))
+                if len(unwritten) > BATCHES_AHEAD:
+                    unwritten.popleft().result()
+    except BaseException as error:
+        for claim in held.values():
+            claim.fail(error)
+        raise
+    return busy
+
+
+def _claim(plan: LatentsPlan, encoders: Encoders, report: Report, archive: str, wait: bool) -> _Claim | None:
+    """The exclusive right to encode `archive`; None where there is nothing left to do.
+
+    Raises:
+        BusyError: another process has it and `wait` is False.
+        ArchiveError: its mds shards cannot be used.
+    """
+
+    def on_wait() -> None:
+        report({"event": "waiting", "archive": archive})
+
+    with ExitStack() as stack:
+        own = stack.enter_context(workspace(plan.latents_dir.ledger(archive), wait=wait, on_wait=on_wait))
+        if plan.current(archive):
+            return None
+        mds = plan.upstream(archive)
+        shards = read_index(plan.mds_dir.data(archive))
+        if (rows := sum(shard.rows for shard in shards)) != mds.kept:
+            raise ArchiveError(
+                plan.dataset,
+                archive,
+                f"mds holds {rows} rows, its ledger says {mds.kept}",
+                f"Delete the ledger and materialize {plan.dataset}/mds of it again",
+                reason="unbalanced",
+            )
+        return _Claim(plan, encoders, report, mds, shards, own, stack.pop_all())
+
+
+class _Claim:
+    """One archive in this process's hands: from its claim until it is published or has failed.
+
+    Args:
+        plan, encoders, report: of the run.
+        mds: the ledger of its mds shards.
+        shards: these.
+        own: its workspace.
+        release: leaves the workspace.
+
+    `write`, `publish` and `fail` raise nothing; what goes wrong in them fails the archive. Once batches are on
+    their way, only the writing thread calls them.
+    """
+
+    def __init__(
+        self,
+        plan: LatentsPlan,
+        encoders: Encoders,
+        report: Report,
+        mds: Ledger,
+        shards: Sequence[Shard],
+        own: Path,
+        release: ExitStack,
+    ) -> None:
+        self.archive = mds.archive
+        self.shards = shards
+        self.rows = mds.kept
+        self.failed = False
+        self._plan, self._encoders, self._report, self._mds = plan, encoders, report, mds
+        self._own, self._release = own, release
+        self._started = time.monotonic()
+        self._writer: ShardWriter | None = None
+        self._progress_at = self._progress_rows = 0.0
+        self._ended = False
+
+    def write(self, encoded: Encoded) -> None:
+        """Append a batch; publish after the last one."""
+        if self._ended:
+            return
+        try:
+            if keys := encoded.not_finite():
+                raise self._not_finite(keys)
+            writer = self._open_writer()
+            for row in encoded.rows():
+                writer.write(row)
+            self._report_progress(writer.row_count)
+        except Exception as error:
+            self.fail(error)
+            return
+        if writer.row_count == self.rows:
+            self.publish()
+
+    def publish(self) -> None:
+        """Publish what was written."""
+        try:
+            with self._open_writer() as writer:
+                pass  # leaving it writes the index
+            if self._plan.upstream(self.archive).content_id != self._mds.content_id:
+                raise self.error("mds changed while it was encoded", "Run it again", "upstream_changed")
+            ledger = publish(self._plan.latents_dir, writer.directory, self._ledger(writer))
+            self._ended = True
+            self._release.close()
+        except Exception as error:
+            self.fail(error)
+            return
+        self._report({"event": "published", "archive": self.archive, "rows": ledger.kept, "seconds": ledger.seconds})
+
+    def fail(self, error: BaseException) -> None:
+        """Give the archive up; nothing of it is published. Does nothing once it is published or has failed."""
+        if self._ended:
+            return
+        self._ended = self.failed = True
+        with suppress(OSError):  # what cannot be removed now, the next run's workspace clears
+            self._release.close()
+        self._report(_failed(self._plan.dataset, self.archive, error))
+
+    def error(self, what: str, remedy: str, reason: str) -> ArchiveError:
+        """An error of this archive."""
+        return ArchiveError(self._plan.dataset, self.archive, what, remedy, reason=reason)
+
+    def _open_writer(self) -> ShardWriter:
+        if self._writer is None:
+            columns = latents_columns(self._plan.encoders.image_resolutions, self._plan.encoders.save_images)
+            self._writer = ShardWriter(scratch(self._own, "shards"), columns)
+        return self._writer
+
+    def _report_progress(self, rows: int) -> None:
+        now = time.monotonic()
+        if not self._progress_at:  # the rate counts from the first batch, before which decoding had to begin
+            self._progress_at, self._progress_rows = now, rows
+        elif now - self._progress_at >= PROGRESS_INTERVAL_S:
+            rate = (rows - self._progress_rows) / (now - self._progress_at)
+            self._report(
+                {
+                    "event": "progress",
+                    "archive": self.archive,
+                    "done_images": rows,
+                    "total_images": self.rows,
+                    "images_per_s": round(rate, 1),
+                }
+            )
+            self._progress_at, self._progress_rows = now, rows
+
+    def _not_finite(self, keys: list[str]) -> ArchiveError:
+        named = ", ".join(keys[:NAMED_KEYS]) + (f" and {len(keys) - NAMED_KEYS} more" if len(keys) > NAMED_KEYS else "")
+        return self.error(
+            f"latents of {named} are not finite numbers in {self._plan.encoders.save_dtype}",
+            "Try model_dtype float32; if it stays, the encoder's weights are damaged",
+            "not_finite",
+        )
+
+    def _ledger(self, writer: ShardWriter) -> Ledger:
+        ledger = Ledger(
+            dataset=self._plan.dataset,
+            archive=self.archive,
+            stage="latents",
+            read=self._mds.kept,
+            kept=writer.row_count,
+            rejected={},
+            bytes_in=self._mds.bytes_out,
+            bytes_out=0,
+            seconds=round(time.monotonic() - self._started, 3),
+            source=self._mds.source,
+            inputs={"mds": self._mds.content_id},
+            settings=self._plan.settings,
+            versions=versions_of(*VERSIONED),
+            files=(),
+            details={**self._encoders.layout(), "batch_size": self._plan.batch_size},
+        )
+        return with_files(ledger, ledgered_files(writer.directory, self.archive))
+
+
+def _failed(dataset: str, archive: str, error: BaseException) -> dict[str, Any]:
+    """The event of a failed archive, whatever it failed of."""
+    if not isinstance(error, ArchiveError):
+        what, remedy, reason = f"{type(error).__name__} {error}", "Report it with the run's log", "internal"
+        if isinstance(error, MdAssetsError):
+            what, remedy, reason = error.what, error.remedy, "failed"
+        elif isinstance(error, OSError):
+            what, remedy, reason = str(error), "Check space and permissions of the data root", "disk"
+        elif not isinstance(error, Exception):
+            what, remedy, reason = f"was stopped ({type(error).__name__})", "Run it again", "stopped"
+        error = ArchiveError(dataset, archive, what, remedy, reason=reason)
+    return {
+        "event": "failed",
+        "archive": archive,
+        "error": str(error),
+        "reason": error.reason,
+        "transient": error.transient,
+    }

@@ -1,0 +1,112 @@
+"""Fixtures that more than one test module uses: tiny encoders, and archives published without their sources."""
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from md_assets.core.ledger import Ledger
+from md_assets.core.paths import DataRoot
+from md_assets.core.schema import MDS_COLUMNS
+from md_assets.core.settings import EncoderSettings, ImageSettings, mds_settings
+from md_assets.demo.tiny_encoders import write_tiny_open_clip, write_tiny_vae
+from md_assets.storage.mds import ShardWriter, ledgered_files
+from md_assets.storage.publish import publish, scratch, with_files, workspace
+
+Row = dict[str, Any]
+MdsRows = Callable[..., list[Row]]
+PublishMds = Callable[..., Ledger]
+
+
+@dataclass(frozen=True)
+class TinyEncoders:
+    """Folders of a VAE and an open_clip model that load in no time."""
+
+    vae: Path
+    open_clip: Path
+
+    def settings(self, **changes: Any) -> EncoderSettings:
+        """Settings that use them, at resolutions that a CPU encodes in milliseconds."""
+        defaults: dict[str, Any] = {
+            "vae": str(self.vae),
+            "text_encoder": f"openclip:local-dir:{self.open_clip}",
+            "vae_revision": "tiny-vae",
+            "text_encoder_revision": "tiny-clip",
+            "image_resolutions": (32, 64),
+        }
+        return EncoderSettings(**{**defaults, **changes})
+
+
+@pytest.fixture(scope="session")
+def tiny_encoders(tmp_path_factory: pytest.TempPathFactory) -> TinyEncoders:
+    folder = tmp_path_factory.mktemp("encoders")
+    return TinyEncoders(write_tiny_vae(folder / "tinyvae"), write_tiny_open_clip(folder / "tinyclip"))
+
+
+def _jpeg(seed: int, width: int, height: int) -> bytes:
+    """Smooth colours with some noise: compresses like a photograph, and no two seeds are alike."""
+    random = np.random.default_rng(seed)
+    small = Image.fromarray(random.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    pixels = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
+    pixels += random.integers(-8, 9, pixels.shape, dtype=np.int16)
+    file = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def mds_rows() -> MdsRows:
+    """A function (archive, count) -> rows of mds, each with its own image and caption."""
+
+    def make(archive: str, count: int, width: int = 90, height: int = 70) -> list[Row]:
+        return [
+            {
+                "key": f"{archive}/{i:04}",
+                "jpg": _jpeg(i, width, height),
+                "caption": f"picture {i} of {archive}",
+                "width": width,
+                "height": height,
+            }
+            for i in range(count)
+        ]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def publish_mds() -> PublishMds:
+    """A function (root, dataset, archive, rows) that publishes mds shards of these rows, and returns their ledger."""
+
+    def make(
+        root: DataRoot, dataset: str, archive: str, rows: Sequence[Row], images: ImageSettings | None = None
+    ) -> Ledger:
+        stage_dir = root.mds(dataset)
+        with workspace(stage_dir.ledger(archive)) as own:
+            shards = scratch(own, "shards")
+            with ShardWriter(shards, MDS_COLUMNS) as writer:
+                for row in rows:
+                    writer.write(row)
+            ledger = Ledger(
+                dataset=dataset,
+                archive=archive,
+                stage="mds",
+                read=len(rows),
+                kept=len(rows),
+                rejected={},
+                bytes_in=0,
+                bytes_out=0,
+                seconds=0.0,
+                source={"name": f"{archive}.tgz", "content_id": "c" * 64, "revision": "r" * 40},
+                inputs={"raw": "i" * 64},
+                settings=mds_settings(images or ImageSettings()),
+                versions={},
+                files=(),
+            )
+            return publish(stage_dir, shards, with_files(ledger, ledgered_files(shards, archive)))
+
+    return make

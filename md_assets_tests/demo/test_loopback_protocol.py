@@ -1,0 +1,95 @@
+"""The loopback Hub's answers, byte by byte: links, ranges, faults, connections."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+from md_assets.demo.loopback_hub import LoopbackHub
+
+LARGE = random.Random(3).randbytes(200_000)
+FILES = {"README.md": b"# hi\n", "config.json": b"{}", "sub/deep/ä b.tar": LARGE, "sub/x.txt": b"x", "z.bin": b"tiny"}
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[LoopbackHub]:
+    for path, content in FILES.items():
+        file = tmp_path / "datasets" / "org" / "data" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    with LoopbackHub(tmp_path) as hub:
+        yield hub
+
+
+def test_head_of_both_kinds_of_file(hub: LoopbackHub) -> None:
+    base = f"{hub.endpoint}/datasets/org/data/resolve/main"
+    small = requests.head(f"{base}/README.md")
+    assert (small.status_code, small.headers["Content-Length"], small.content) == (200, "5", b"")
+    large = requests.head(f"{base}/sub/deep/ä b.tar")
+    assert large.status_code == 302 and large.headers["X-Linked-Size"] == str(len(LARGE))
+    assert large.headers["X-Linked-ETag"] == f'"{hashlib.sha256(LARGE).hexdigest()}"'
+    unsigned = large.headers["Location"].partition("?")[0]
+    assert requests.get(unsigned).status_code == 403
+    assert requests.get(large.headers["Location"]).content == LARGE
+
+
+@pytest.mark.parametrize(
+    ("header", "status", "part"),
+    [
+        ("bytes=0-0", 206, slice(0, 1)),
+        ("bytes=100-199", 206, slice(100, 200)),
+        ("bytes=199990-", 206, slice(199_990, None)),
+        ("bytes=-7", 206, slice(-7, None)),
+        ("bytes=199999-900000", 206, slice(199_999, None)),
+        ("bytes=200000-", 416, slice(0, 0)),
+        ("bytes=-", 200, slice(None)),
+        ("lines=1-2", 200, slice(None)),
+    ],
+)
+def test_ranges(hub: LoopbackHub, header: str, status: int, part: slice) -> None:
+    url = f"{hub.endpoint}/datasets/org/data/resolve/main/sub/deep/ä b.tar"
+    response = requests.get(url, headers={"Range": header})
+    assert response.status_code == status and response.content == LARGE[part]
+    if status == 206:
+        first, last = re.fullmatch(r"bytes (\d+)-(\d+)/200000", response.headers["Content-Range"]).groups()  # type: ignore[union-attr]
+        assert LARGE[int(first) : int(last) + 1] == LARGE[part]
+
+
+def test_throttle_takes_its_time(hub: LoopbackHub) -> None:
+    hub.faults.throttle("*.tar", 500_000)
+    begun_s = time.monotonic()
+    content = requests.get(f"{hub.endpoint}/datasets/org/data/resolve/main/sub/deep/ä b.tar").content
+    assert content == LARGE and 0.38 <= time.monotonic() - begun_s < 2
+
+
+def test_faults_befall_only_what_they_name_and_as_often_as_told(hub: LoopbackHub) -> None:
+    base = f"{hub.endpoint}/datasets/org/data/resolve/main"
+    hub.faults.status("org/data/README.md", 429, {"Retry-After": "1"}, times=2)
+    assert requests.get(f"{base}/config.json").status_code == 200
+    answers = [requests.get(f"{base}/README.md") for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [429, 429, 200]
+    assert answers[0].headers["Retry-After"] == "1" and hub.faults.pending() == 0
+    hub.faults.html("*")
+    assert requests.get(f"{base}/z.bin").headers["Content-Type"].startswith("text/html")
+    hub.faults.corrupt("*", times=None)
+    assert requests.get(f"{base}/z.bin").content == bytes(255 - byte for byte in b"tiny")
+    hub.faults.clear()
+    assert requests.get(f"{base}/z.bin").content == b"tiny"
+
+
+def test_one_connection_serves_many_requests(hub: LoopbackHub) -> None:
+    with requests.Session() as session:
+        begun_s = time.monotonic()
+        for _ in range(50):
+            assert session.get(f"{hub.endpoint}/datasets/org/data/resolve/main/x.txt").status_code == 404
+            assert session.get(f"{hub.endpoint}/datasets/org/data/resolve/main/sub/x.txt").content == b"x"
+        assert time.monotonic() - begun_s < 3, "100 requests, 40 ms each if small packets waited"
+        pools = session.adapters["http://"].poolmanager.pools
+        assert [pools[key].num_connections for key in pools.keys()] == [1]  # noqa: SIM118 — not a mapping

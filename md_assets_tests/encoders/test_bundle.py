@@ -1,0 +1,127 @@
+"""Both encoders: the bytes of a row, and where and in what they run."""
+
+import numpy as np
+import pytest
+import torch
+
+from md_assets.core.errors import SettingsError
+from md_assets.core.schema import latents_columns
+from md_assets.encoders.batches import Batch, crops_of
+from md_assets.encoders.bundle import Encoders, pick_device, share_cpu
+from md_assets.encoders.vae import posterior_noise
+
+
+@pytest.fixture(scope="module")
+def encoders(tiny_encoders) -> Encoders:
+    return Encoders.load(tiny_encoders.settings(), "cpu", "auto")
+
+
+def batch_of(rows, encoders: Encoders) -> Batch:
+    to = encoders.preparation
+    crops = [crops_of(row["key"], row["jpg"], to.resolutions_px) for row in rows]
+    return Batch(
+        archive="a",
+        **{column: [row[column] for row in rows] for column in ("key", "caption", "width", "height", "jpg")},
+        tokens_BL=to.tokenize([row["caption"] for row in rows]),
+        images_BCHW={px: torch.stack([crop[px] for crop in crops]) for px in to.resolutions_px},
+        noise_BChw={
+            px: torch.stack([posterior_noise(to.seed, row["key"], px, to.latent_channels) for row in rows])
+            for px in to.resolutions_px
+        },
+    )
+
+
+def test_a_row_has_the_columns_of_the_schema_and_their_numbers(encoders: Encoders, mds_rows, tiny_encoders) -> None:
+    rows = mds_rows("a", 3)
+    batch = batch_of(rows, encoders)
+    encoded = encoders.encode(batch)
+    stored = encoded.rows()
+    assert [list(row) for row in stored] == [list(latents_columns((32, 64), False))] * 3
+    assert encoded.not_finite() == []
+    layout = encoders.layout()
+    assert layout["caption_latents"] == [1, 77, 64]
+    assert layout["image_latents"] == {"32": [4, 4, 4], "64": [4, 8, 8]}
+    for i, row in enumerate(stored):
+        assert {k: row[k] for k in ("key", "caption", "width", "height")} == {
+            k: rows[i][k] for k in ("key", "caption", "width", "height")
+        }
+        for column, size in [("caption_latents", layout["caption_latents"]), ("latents_64", [4, 8, 8])]:
+            array = np.frombuffer(row[column], dtype=layout["dtype"]).reshape(size)
+            assert np.array_equal(array.squeeze(), encoded.arrays[column][i].numpy())
+
+
+def test_layout_names_what_made_the_numbers(encoders: Encoders, tiny_encoders) -> None:
+    layout = encoders.layout()
+    assert {k: layout[k] for k in ("dtype", "device", "model_dtype", "vae", "text_encoder")} == {
+        "dtype": "float16",
+        "device": "cpu",
+        "model_dtype": "float32",
+        "vae": str(tiny_encoders.vae),
+        "text_encoder": f"openclip:local-dir:{tiny_encoders.open_clip}",
+    }
+
+
+def test_the_jpeg_comes_along_when_asked_for(tiny_encoders, mds_rows) -> None:
+    encoders = Encoders.load(tiny_encoders.settings(save_images=True, save_dtype="float32"), "cpu", "float32")
+    (row,) = encoders.encode(batch_of(mds_rows("a", 1), encoders)).rows()
+    assert list(row) == list(latents_columns((32, 64), True))
+    assert row["jpg"] == mds_rows("a", 1)[0]["jpg"]
+    assert len(row["caption_latents"]) == 77 * 64 * 4
+    assert len(row["latents_64"]) == 4 * 8 * 8 * 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e6])
+def test_what_is_not_finite_after_the_cast_is_found(encoders: Encoders, mds_rows, value: float) -> None:
+    """1e6 is finite, but not in float16."""
+    batch = batch_of(mds_rows("a", 4), encoders)
+    batch.noise_BChw[32][2, 0, 0, 0] = value * 1e3
+    assert encoders.encode(batch).not_finite() == ["a/0002"]
+
+
+def test_bfloat16_runs_on_a_cpu_too(encoders: Encoders, tiny_encoders, mds_rows) -> None:
+    half = Encoders.load(tiny_encoders.settings(), "cpu", "bfloat16")
+    assert half.model_dtype == "bfloat16"
+    (row,) = half.encode(batch_of(mds_rows("a", 1), half)).rows()
+    (full,) = encoders.encode(batch_of(mds_rows("a", 1), encoders)).rows()
+    a, b = (np.frombuffer(r["latents_64"], np.float16).astype(float) for r in (row, full))
+    assert 0 < np.linalg.norm(a - b) / np.linalg.norm(b) < 0.02
+
+
+def test_an_unknown_dtype_is_named(tiny_encoders) -> None:
+    with pytest.raises(SettingsError, match=r"model_dtype 'fp8' is unknown. Use auto, float32"):
+        Encoders.load(tiny_encoders.settings(), "cpu", "fp8")
+
+
+def test_memory_that_is_not_enough_is_told_with_its_remedy(
+    encoders: Encoders, mds_rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(images, noise):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(encoders._vae, "encode", full)
+    with pytest.raises(SettingsError, match=r"a batch of 2 does not fit.*Lower encoders.batch_size"):
+        encoders.encode(batch_of(mds_rows("a", 2), encoders))
+
+
+def test_each_process_gets_its_own_gpu_as_far_as_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [str(pick_device("auto", rank)) for rank in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert str(pick_device("cuda", 1)) == "cuda:1"
+    assert str(pick_device("cuda:0", 1)) == "cuda:0"
+    assert str(pick_device("cpu", 1)) == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert str(pick_device("auto", 1)) == "cpu"
+
+
+def test_processes_share_the_cpu() -> None:
+    threads = torch.get_num_threads()
+    try:
+        share_cpu(10_000)
+        assert torch.get_num_threads() == 1
+        share_cpu(1)
+        alone = torch.get_num_threads()
+        share_cpu(2)
+        assert torch.get_num_threads() == max(1, alone // 2)
+    finally:
+        torch.set_num_threads(threads)
