@@ -86,15 +86,12 @@ def _verify(arguments: argparse.Namespace) -> int:
     from md_assets.terminal import print_verdicts
 
     root = DataRoot.from_environment()
-    failed = print_verdicts(
-        verdict for spec in _chosen(arguments.datasets, root) for verdict in _verdicts(spec, root)
-    )
+    failed = print_verdicts(verdict for spec in _chosen(arguments.datasets, root) for verdict in _verdicts(spec, root))
     return FAILED if failed else DONE
 
 
 def _verdicts(spec: DatasetSpec, root: DataRoot) -> Iterator[tuple[str, str, Verdict]]:
     from md_assets.stages.status import published_ledgers, stage_dirs
-    from md_assets.stages.verify import verify_archive
     from md_assets.stages.verify import verify_archive
 
     raw, mds, *latents = stage_dirs(root, spec.slug)

@@ -25,7 +25,8 @@ def encoder_tag(vae: str, text_encoder: str) -> str:
     its tag. Any other model is called by the last part of its repository or path, reduced to letters and
     digits, so the tag is the same on every machine that names the model alike.
     """
-    return f"{_tag(vae.removesuffix('/vae'), KNOWN_VAES)}_{_tag(text_encoder.rpartition(':')[2], KNOWN_TEXT_ENCODERS)}"
+    vae_tag = _tag(vae.rstrip("/").removesuffix("/vae"), KNOWN_VAES)
+    return f"{vae_tag}_{_tag(text_encoder.rpartition(':')[2], KNOWN_TEXT_ENCODERS)}"
 
 
 def _tag(model: str, known: Mapping[str, str]) -> str:

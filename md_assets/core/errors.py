@@ -6,6 +6,8 @@ see `core.ledger.Reason`.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class MdAssetsError(Exception):
     """Base of every error that md_assets raises on purpose; its text is meant for the user.
@@ -19,6 +21,10 @@ class MdAssetsError(Exception):
         self.what = one_line(what)
         self.remedy = one_line(remedy)
         super().__init__(f"{self.what}. {self.remedy}" if self.remedy else self.what)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Errors come back from worker processes; pickle would call __init__ with the finished text.
+        return _restored, (type(self), self.args, self.__dict__)
 
 
 class ArchiveError(MdAssetsError):
@@ -78,10 +84,17 @@ class SettingsError(MdAssetsError):
     """A setting, environment variable or command-line value is wrong."""
 
 
+def _restored(kind: type[MdAssetsError], args: tuple[Any, ...], attributes: dict[str, Any]) -> MdAssetsError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error
+
+
 def one_line(text: str) -> str:
     """`text` on a single line without trailing period, control characters made visible.
 
     Member names come from archives that nobody checked; they must not break a log line.
     """
-    flat = " ".join(text.split()).rstrip(".")
+    flat = " ".join(text.split()).rstrip(". ")
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in flat)

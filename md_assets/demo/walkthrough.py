@@ -48,6 +48,8 @@ STEPS: Sequence[tuple[str, tuple[str, str] | None]] = (
 """Asset and range of partitions (first, last) of each run, in order."""
 
 
+_RANGE_TAGS = ("dagster/asset_partition_range_start", "dagster/asset_partition_range_end")
+
 _QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 """The runs' logs are for the UI; the terminal gets a line for each run."""
 
@@ -191,9 +193,7 @@ def _materialize() -> tuple[int, int]:
             key = dg.AssetKey([DATASET, name])
             tags = {}
             if partition_range:
-                tags = dict(
-                    zip(("dagster/asset_partition_range_start", "dagster/asset_partition_range_end"), partition_range)
-                )
+                tags = dict(zip(_RANGE_TAGS, partition_range, strict=True))
             label = f"{DATASET}/{name}" + (f" {' … '.join(dict.fromkeys(partition_range))}" if partition_range else "")
             started = time.monotonic()
             result = job.get_subset(asset_selection={key}).execute_in_process(

@@ -8,7 +8,6 @@ Here: recording. Not here: the work on an archive, see `stages/`.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Optional
 
 import dagster as dg
 
@@ -30,8 +29,7 @@ class ArchiveRun:
     """Records what becomes of each archive of a run.
 
     Args:
-        context: of the asset.
-        key: the asset.
+        context: of the asset, `<dataset>/<stage>`.
         stage_dir: where the run publishes.
         upstream: where the stage reads; None for raw.
 
@@ -40,14 +38,12 @@ class ArchiveRun:
         failures: archives that failed so far.
     """
 
-    def __init__(
-        self, context: dg.AssetExecutionContext, key: dg.AssetKey, stage_dir: StageDir, upstream: Optional[StageDir]
-    ) -> None:
+    def __init__(self, context: dg.AssetExecutionContext, stage_dir: StageDir, upstream: StageDir | None) -> None:
         self._context = context
-        self._key = key
+        self._key = dg.AssetKey([stage_dir.dataset, stage_dir.stage])
         self._stage_dir = stage_dir
         self._upstream = upstream
-        self._name = key.to_user_string()
+        self._name = self._key.to_user_string()
         self._done = self._passed_over = 0
         self.progress = ProgressLines(stage_dir.dataset, context.log.info)
         self.failures: list[ArchiveError] = []
@@ -94,7 +90,7 @@ class ArchiveRun:
         """Another run works on the archive."""
         self._context.log.info(f"{self._name} {archive}: another run works on it, waiting")
 
-    def finish(self, archives: Sequence[str]) -> None:
+    def finish(self) -> None:
         """End the run.
 
         Raises:
@@ -102,12 +98,12 @@ class ArchiveRun:
         """
         summary = f"{self._name}: {self._done - self._passed_over} published, {self._passed_over} passed over"
         if not self.failures:
-            self._context.log.info(f"{summary}, of {len(archives)}")
+            self._context.log.info(summary)
             return
         named = "; ".join(str(error) for error in self.failures[:FAILED_SHOWN])
         rows = [f"| {e.archive} | {e.reason} | {e.what.replace('|', '/')} | {e.remedy} |" for e in self.failures]
         raise dg.Failure(
-            f"{len(self.failures)} of {len(archives)} archives failed. {named}",
+            f"{len(self.failures)} of {self._done + len(self.failures)} archives failed. {named}",
             metadata={
                 "failed_archives": dg.MetadataValue.md(
                     "\n".join(["| archive | reason | what | remedy |", "| --- | --- | --- | --- |", *rows])

@@ -1,27 +1,20 @@
 """The assets of a dataset, made from its spec: the same for every dataset.
 
-Here: keys, dependencies, policies and bodies that hand over to a stage. Not here: the stages, nor how a range of
-archives is run and recorded (`orchestration.archive_run`). No `from __future__ import annotations`: Dagster reads the
-annotations of asset functions.
+Here: keys, dependencies, partitions, policies, descriptions. Not here: what a run does (`orchestration.stage_runs`).
+No `from __future__ import annotations`: Dagster reads the annotations of asset functions.
 """
 
-import dataclasses
-import os
 from collections.abc import Callable, Sequence
-from typing import Any, Optional
+from typing import Any
 
 import dagster as dg
 
-from md_assets.core.errors import MdAssetsError, SourceError
-from md_assets.core.paths import DataRoot, Stage, StageDir
-from md_assets.core.settings import latents_settings, mds_settings
+from md_assets.core.paths import Stage
 from md_assets.core.spec import DatasetSpec
-from md_assets.orchestration.archive_run import ArchiveRun
+from md_assets.orchestration import stage_runs
 from md_assets.orchestration.checks import check_specs
-from md_assets.orchestration.metadata import rejects_table
-from md_assets.orchestration.partitions import archive_partitions, archives_of
+from md_assets.orchestration.partitions import archive_partitions
 from md_assets.orchestration.resources import EncodersResource, HubResource, ImagesResource
-from md_assets.storage.hub import HubClient
 
 OWNERS = ["team:data-platform"]
 
@@ -41,7 +34,7 @@ POOL_GPU = "gpu"
 
 def dataset_assets(spec: DatasetSpec) -> list[Any]:
     """All assets of one dataset."""
-    assets = [_archive(spec), _raw(spec), _mds(spec), _latents(spec), _mds_index(spec), _latents_index(spec)]
+    assets = [_archive(spec), _raw(spec), _mds(spec), _mds_index(spec), _latents(spec), _latents_index(spec)]
     if spec.annotations:
         assets.insert(1, _annotations(spec))
     return assets
@@ -61,29 +54,10 @@ def _archive(spec: DatasetSpec) -> Any:
         f"(LFS sha256), from one listing call.\n\n{spec.datasheet}",
         tags={"dagster/kind/huggingface": ""},
     )
-    def archive(context, hub: HubResource):  # type: ignore[no-untyped-def]
-        return dg.DataVersionsByPartition(_content_ids(context, spec, hub.client()))
+    def archive(context, hub: HubResource) -> dg.DataVersionsByPartition:
+        return stage_runs.observe_archives(context, spec, hub)
 
     return archive
-
-
-def _content_ids(context: Any, spec: DatasetSpec, client: HubClient) -> dict[str, str]:
-    """Content id of each archive that the source has."""
-    content_ids, absent = {}, []
-    try:
-        for archive in spec.archives:
-            file = spec.locate(archive)
-            remote = client.listing(file.repo, file.repo_type).files.get(file.path)
-            if remote is None:
-                absent.append(archive)
-            else:
-                content_ids[archive] = remote.content_id
-    except SourceError as error:
-        raise dg.Failure(str(error), allow_retries=error.transient) from error
-    context.log.info(f"{spec.slug}/archive: {len(content_ids)} archives at the source, {len(absent)} absent")
-    if absent:
-        context.log.warning(f"{spec.slug}/archive: absent at the source: {', '.join(absent[:20])}")
-    return content_ids
 
 
 def _annotations(spec: DatasetSpec) -> Any:
@@ -98,35 +72,70 @@ def _annotations(spec: DatasetSpec) -> Any:
         "the rest.",
     )
     def annotations(context: dg.AssetExecutionContext, hub: HubResource) -> dg.MaterializeResult:
-        from md_assets.core.progress import ProgressLines
-        from md_assets.stages.annotations import index_annotations
-
-        client, root, metadata, versions = hub.client(), DataRoot.from_environment(), {}, []
-        progress = ProgressLines(spec.slug, context.log.info)
-        for source in spec.annotations:
-            try:
-                remote = client.locate(source.file)
-                ledger = index_annotations(spec, source, remote, root, fetcher=client, report=progress).ledger
-            except MdAssetsError as error:
-                raise dg.Failure(str(error), allow_retries=getattr(error, "transient", False)) from error
-            versions.append(ledger.content_id[:16])
-            metadata[f"{source.name}_rows"] = dg.MetadataValue.int(ledger.kept)
-            metadata[f"{source.name}_source"] = dg.MetadataValue.text(ledger.source["name"])
-            if ledger.rejected:
-                metadata[f"{source.name}_rejected"] = dg.MetadataValue.md(rejects_table(ledger.rejected))
-                metadata[f"{source.name}_first_faults"] = dg.MetadataValue.json(ledger.details["first_faults"])
-        return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion("-".join(versions)))
+        return stage_runs.index_captions(context, spec, hub)
 
     return annotations
+
+
+def _raw(spec: DatasetSpec) -> Any:
+    def raw(context: dg.AssetExecutionContext, hub: HubResource, images: ImagesResource):
+        stage_runs.fetch_archives(context, spec, hub, images)
+        yield from ()
+
+    return _archive_asset(
+        spec,
+        "raw",
+        raw,
+        deps=["archive"],
+        pool=POOL_HUB,
+        kinds={"huggingface", "python"},
+        description=f"Images of one archive of {spec.title}: fetched, verified, filtered and resized, as an "
+        f"uncompressed WebDataset-shaped tar.\n\n{spec.datasheet}",
+    )
+
+
+def _mds(spec: DatasetSpec) -> Any:
+    def mds(context: dg.AssetExecutionContext, images: ImagesResource):
+        stage_runs.convert_archives(context, spec, images)
+        yield from ()
+
+    return _archive_asset(
+        spec,
+        "mds",
+        mds,
+        deps=["raw", "annotations"] if spec.annotations else ["raw"],
+        pool=None,
+        kinds={"mosaicml", "python"},
+        description=f"MDS shards of one archive of {spec.title}: key, jpg, caption, width, height.",
+    )
+
+
+def _latents(spec: DatasetSpec) -> Any:
+    def latents(
+        context: dg.AssetExecutionContext, hub: HubResource, images: ImagesResource, encoders: EncodersResource
+    ):
+        stage_runs.encode_archives(context, spec, hub, images, encoders)
+        yield from ()
+
+    return _archive_asset(
+        spec,
+        "latents",
+        latents,
+        deps=["mds"],
+        pool=POOL_GPU,
+        kinds={"pytorch", "mosaicml"},
+        description=f"Latents of one archive of {spec.title} as MDS shards: key, caption, caption_latents, "
+        "latents_256, latents_512, width, height. Encoded in processes of their own, on GPUs where there are some.",
+    )
 
 
 def _archive_asset(
     spec: DatasetSpec,
     stage: Stage,
-    body: Callable[..., None],
+    body: Callable[..., Any],
     *,
     deps: Sequence[str],
-    pool: Optional[str],
+    pool: str | None,
     kinds: set[str],
     description: str,
 ) -> Any:
@@ -147,152 +156,17 @@ def _archive_asset(
             )
         ],
         check_specs=check_specs(key, stage, partitions_def),
-        can_subset=True,  # so that checks are recorded by the body, archive by archive
+        can_subset=True,  # makes the checks optional outputs: the body records them, archive by archive
         backfill_policy=dg.BackfillPolicy.multi_run(ARCHIVES_PER_RUN[stage]),
         pool=pool,
         retry_policy=RETRIES,
     )(body)
 
 
-def _raw(spec: DatasetSpec) -> Any:
-    def raw(context: dg.AssetExecutionContext, hub: HubResource, images: ImagesResource):  # type: ignore[no-untyped-def]
-        from md_assets.stages.raw import fetch_archive
-        from md_assets.storage.image_pool import ImagePool
-
-        client, root = hub.client(), DataRoot.from_environment()
-        archives = archives_of(context, spec)
-        run = ArchiveRun(context, asset_key(spec, "raw"), root.raw(spec.slug), None)
-        with ImagePool(images.num_workers) as pool:
-            run.each(
-                archives,
-                lambda archive: fetch_archive(
-                    spec,
-                    archive,
-                    lambda: client.locate(spec.locate(archive)),
-                    root,
-                    images.settings(),
-                    fetcher=client,
-                    pool=pool,
-                    keep_archive=hub.keep_archives,
-                    report=run.progress,
-                    on_wait=lambda: run.waiting(archive),
-                ),
-            )
-        run.finish(archives)
-        yield from ()
-
-    return _archive_asset(
-        spec,
-        "raw",
-        raw,
-        deps=["archive"],
-        pool=POOL_HUB,
-        kinds={"huggingface", "python"},
-        description=f"Images of one archive of {spec.title}: fetched, verified, filtered and resized, as an uncompressed "
-        f"WebDataset-shaped tar.\n\n{spec.datasheet}",
-    )
-
-
-def _mds(spec: DatasetSpec) -> Any:
-    def mds(context: dg.AssetExecutionContext, images: ImagesResource):  # type: ignore[no-untyped-def]
-        from md_assets.stages.mds import convert_archive
-
-        root = DataRoot.from_environment()
-        archives = archives_of(context, spec)
-        run = ArchiveRun(context, asset_key(spec, "mds"), root.mds(spec.slug), root.raw(spec.slug))
-        run.each(
-            archives,
-            lambda archive: convert_archive(
-                spec,
-                archive,
-                root,
-                images.settings(),
-                report=run.progress,
-                on_wait=lambda: run.waiting(archive),
-            ),
-        )
-        run.finish(archives)
-        yield from ()
-
-    return _archive_asset(
-        spec,
-        "mds",
-        mds,
-        deps=["raw", "annotations"] if spec.annotations else ["raw"],
-        pool=None,
-        kinds={"mosaicml", "python"},
-        description=f"MDS shards of one archive of {spec.title}: key, jpg, caption, width, height.",
-    )
-
-
-def _latents(spec: DatasetSpec) -> Any:
-    def latents(  # type: ignore[no-untyped-def]
-        context: dg.AssetExecutionContext, hub: HubResource, images: ImagesResource, encoders: EncodersResource
-    ):
-        from md_assets.orchestration.latents_launch import encode
-        from md_assets.stages.latents import LatentsPlan
-        from md_assets.stages.once import Outcome
-
-        root, stage_dir = DataRoot.from_environment(), _latents_dir(spec, encoders)
-        archives = archives_of(context, spec)
-        run = ArchiveRun(context, asset_key(spec, "latents"), stage_dir, root.mds(spec.slug))
-        processes = encoders.process_count()
-        workers = images.num_workers if images.num_workers is not None else len(os.sched_getaffinity(0))
-        plan = LatentsPlan(
-            data_root=str(root.path),
-            dataset=spec.slug,
-            archives=tuple(archives),
-            images=images.settings(),
-            encoders=_encoder_settings(encoders, hub),
-            encoder_tag=encoders.tag(),
-            batch_size=encoders.batch_size,
-            model_dtype=encoders.model_dtype,
-            num_workers=-(-workers // processes),
-        )
-        pending = []
-        for archive in archives:
-            try:
-                ledger = plan.current(archive)
-            except MdAssetsError:
-                pending.append(archive)  # the process says what is wrong with it
-                continue
-            if ledger is None:
-                pending.append(archive)
-            else:
-                run.record(Outcome(ledger, passed_over=True))
-        if pending:
-            encode(context, run, dataclasses.replace(plan, archives=tuple(pending)), processes)
-        run.finish(archives)
-        yield from ()
-
-    return _archive_asset(
-        spec,
-        "latents",
-        latents,
-        deps=["mds"],
-        pool=POOL_GPU,
-        kinds={"pytorch", "mosaicml"},
-        description=f"Latents of one archive of {spec.title} as MDS shards: key, caption, caption_latents, latents_256, "
-        "latents_512, width, height. Encoded in processes of their own, on GPUs where there are some.",
-    )
-
-
-def _encoder_settings(encoders: EncodersResource, hub: HubResource) -> Any:
-    try:
-        return encoders.settings(hub.client())
-    except MdAssetsError as error:
-        raise dg.Failure(str(error), allow_retries=getattr(error, "transient", False)) from error
-
-
-def _latents_dir(spec: DatasetSpec, encoders: EncodersResource) -> StageDir:
-    return DataRoot.from_environment().latents(spec.slug, encoders.tag())
-
-
 def _mds_index(spec: DatasetSpec) -> Any:
     @dg.asset(**_index_options(spec, "mds"))
     def mds_index(images: ImagesResource) -> dg.MaterializeResult:
-        settings = mds_settings(images.settings())
-        return _merge(spec, DataRoot.from_environment().mds(spec.slug), settings)
+        return stage_runs.merge_mds(spec, images)
 
     return mds_index
 
@@ -300,8 +174,7 @@ def _mds_index(spec: DatasetSpec) -> Any:
 def _latents_index(spec: DatasetSpec) -> Any:
     @dg.asset(**_index_options(spec, "latents"))
     def latents_index(hub: HubResource, images: ImagesResource, encoders: EncodersResource) -> dg.MaterializeResult:
-        settings = latents_settings(images.settings(), _encoder_settings(encoders, hub))
-        return _merge(spec, _latents_dir(spec, encoders), settings)
+        return stage_runs.merge_latents(spec, hub, images, encoders)
 
     return latents_index
 
@@ -316,33 +189,3 @@ def _index_options(spec: DatasetSpec, stage: Stage) -> dict[str, Any]:
         "description": f"Merged index.json over all published {stage} archives of {spec.title} with the same settings: "
         "what a StreamingDataset is pointed at.",
     }
-
-
-def _merge(spec: DatasetSpec, stage_dir: StageDir, settings: dict[str, Any]) -> dg.MaterializeResult:
-    """Merge the index of each split; a split of which nothing is published is left out."""
-    from md_assets.stages.index import merge_indexes
-
-    rows = ["| split | archives | samples | shards | stale | missing | empty |", "| --- " + "| ---: " * 6 + "|"]
-    samples, merged = 0, {}
-    for split in spec.splits or ("",):
-        archives = [archive for archive in spec.archives if spec.split_of(archive) == split]
-        try:
-            index = merge_indexes(stage_dir, split, archives, settings)
-        except MdAssetsError as error:
-            raise dg.Failure(str(error), allow_retries=False) from error
-        if index is None:
-            rows.append(f"| {split} | 0 | | | | {len(archives)} | |")
-            continue
-        merged[f"index_{split}" if split else "index"] = dg.MetadataValue.path(str(index.path))
-        samples += index.samples
-        counts = (index.archives, index.stale, index.missing, index.empty)
-        merged_count, *left_out = (len(ids) for ids in counts)
-        rows.append(f"| {split} | {merged_count} | {index.samples} | {index.shards} | {' | '.join(map(str, left_out))} |")
-    if not merged:
-        raise dg.Failure(
-            f"{spec.slug}/{stage_dir.stage}: no archive is published with these settings. Materialize some first.",
-            allow_retries=False,
-        )
-    return dg.MaterializeResult(
-        metadata={"dagster/row_count": samples, "archives": dg.MetadataValue.md("\n".join(rows)), **merged}
-    )

@@ -4,12 +4,13 @@ Here: their declarations and events. Not here: what they look at, see `stages.ve
 """
 
 from collections.abc import Iterator
-from typing import Any, Optional
+from typing import Any
 
 import dagster as dg
 
 from md_assets.core.paths import Stage, StageDir
 from md_assets.core.verdict import CHECKS_OF_STAGE
+
 
 def check_specs(
     key: dg.AssetKey, stage: Stage, partitions_def: dg.PartitionsDefinition[str]
@@ -22,7 +23,7 @@ def check_specs(
 
 
 def evaluate(
-    key: dg.AssetKey, stage_dir: StageDir, upstream: Optional[StageDir], archive: str
+    key: dg.AssetKey, stage_dir: StageDir, upstream: StageDir | None, archive: str
 ) -> Iterator[dg.AssetCheckEvaluation]:
     """Run the checks of a stage on one published archive.
 

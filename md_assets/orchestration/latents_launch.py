@@ -164,4 +164,3 @@ def _pipes_session(context: dg.AssetExecutionContext) -> Iterator[dg.PipesSessio
             message_reader_params=reader_params,
             context=context,
         )
-

@@ -4,7 +4,7 @@ Here: values for Dagster. Not here: what is counted (`core.ledger`), how a pictu
 """
 
 from collections.abc import Mapping
-from typing import Any, Optional
+from typing import Any
 
 import dagster as dg
 
@@ -61,7 +61,7 @@ def rejects_table(rejected: Mapping[str, list[str]]) -> str:
     return "\n".join(rows)
 
 
-def _contact_sheet(stage_dir: StageDir, ledger: Ledger) -> Optional[str]:
+def _contact_sheet(stage_dir: StageDir, ledger: Ledger) -> str | None:
     """A picture of some samples as data URI; None where there is nothing to show."""
     import numpy as np
 

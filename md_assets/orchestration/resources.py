@@ -6,7 +6,6 @@ Not here: what a setting does, see `core.settings`.
 
 import os
 from pathlib import Path
-from typing import Optional
 
 import dagster as dg
 from pydantic import Field
@@ -27,25 +26,30 @@ _IMAGES = ImageSettings()
 class HubResource(dg.ConfigurableResource):
     """The Hugging Face Hub: where archives, captions and models come from."""
 
-    endpoint: Optional[str] = Field(None, description="Address of the Hub. Default: HF_ENDPOINT, or the public Hub.")
-    token: Optional[str] = Field(
-        None,
+    endpoint: str | None = Field(
+        default=None, description="Address of the Hub. Default: HF_ENDPOINT, or the public Hub."
+    )
+    token: str | None = Field(
+        default=None,
         description="Access token for gated repositories. Leave it empty and set HF_TOKEN, or use an EnvVar: what is "
         "typed here is stored with the run.",
     )
     revisions: dict[str, str] = Field(
-        {}, description="Repository -> commit or tag to which it is pinned. Default: the newest commit of each."
+        default={}, description="Repository -> commit or tag to which it is pinned. Default: the newest commit of each."
     )
-    connect_timeout_s: float = Field(_POLICY.connect_timeout_s, description="Seconds to open a connection.")
+    connect_timeout_s: float = Field(default=_POLICY.connect_timeout_s, description="Seconds to open a connection.")
     stall_timeout_s: float = Field(
-        _POLICY.stall_timeout_s, description="Seconds without a byte after which a download is cut and resumed."
+        default=_POLICY.stall_timeout_s, description="Seconds without a byte after which a download is cut and resumed."
     )
     attempts: int = Field(
-        _POLICY.attempts, description="Attempts without progress, with growing pauses, before an archive is given up."
+        default=_POLICY.attempts,
+        description="Attempts without progress, with growing pauses, before an archive is given up.",
     )
-    first_delay_s: float = Field(_POLICY.first_delay_s, description="Seconds before the second attempt; then doubled.")
+    first_delay_s: float = Field(
+        default=_POLICY.first_delay_s, description="Seconds before the second attempt; then doubled."
+    )
     keep_archives: bool = Field(
-        False, description="Keep the upstream archives below <dataset>/archives/ instead of deleting them."
+        default=False, description="Keep the upstream archives below <dataset>/archives/ instead of deleting them."
     )
 
     def client(self) -> HubClient:
@@ -64,20 +68,22 @@ class ImagesResource(dg.ConfigurableResource):
     values become stale and are made again."""
 
     min_image_size: int = Field(
-        _IMAGES.min_image_size, description="px; an image is kept when both edges are at least this long."
+        default=_IMAGES.min_image_size, description="px; an image is kept when both edges are at least this long."
     )
     max_image_size: int = Field(
-        _IMAGES.max_image_size, description="px; a smaller edge that is longer is resized to this, aspect kept."
+        default=_IMAGES.max_image_size, description="px; a smaller edge that is longer is resized to this, aspect kept."
     )
-    jpeg_quality: int = Field(_IMAGES.jpeg_quality, description="1 to 100, of images that must be encoded.")
+    jpeg_quality: int = Field(default=_IMAGES.jpeg_quality, description="1 to 100, of images that must be encoded.")
     max_image_pixels: int = Field(
-        _IMAGES.max_image_pixels, description="Pixels; an image with more is rejected before it is decoded."
+        default=_IMAGES.max_image_pixels, description="Pixels; an image with more is rejected before it is decoded."
     )
     max_member_bytes: int = Field(
-        _IMAGES.max_member_bytes, description="Bytes; a file in an archive with more is rejected before it is read."
+        default=_IMAGES.max_member_bytes,
+        description="Bytes; a file in an archive with more is rejected before it is read.",
     )
-    num_workers: Optional[int] = Field(
-        None, description="Processes that decode images. Default: one for each core this process may use; 0: none."
+    num_workers: int | None = Field(
+        default=None,
+        description="Processes that decode images. Default: one for each core this process may use; 0: none.",
     )
 
     def settings(self) -> ImageSettings:
@@ -93,27 +99,29 @@ class ImagesResource(dg.ConfigurableResource):
 class EncodersResource(dg.ConfigurableResource):
     """The encoders that make latents, and how they run."""
 
-    vae: Optional[str] = Field(
-        None,
+    vae: str | None = Field(
+        default=None,
         description="Hub repository with a subfolder vae, or a local folder with or of a VAE. "
         f"Default: {VAE_VARIABLE}, or {DEFAULT_VAE}.",
     )
-    text_encoder: Optional[str] = Field(
-        None,
+    text_encoder: str | None = Field(
+        default=None,
         description="openclip:hf-hub:ORG/NAME or openclip:local-dir:PATH. "
         f"Default: {TEXT_ENCODER_VARIABLE}, or {DEFAULT_TEXT_ENCODER}.",
     )
     image_resolutions: list[int] = Field(
-        [256, 512], description="px, rising; each gives a column latents_<px> of a centre crop of that size."
+        default=[256, 512], description="px, rising; each gives a column latents_<px> of a centre crop of that size."
     )
-    num_processes: Optional[int] = Field(
-        None, description="Encoding processes of a run. Default: one for each GPU of this machine, else one."
+    num_processes: int | None = Field(
+        default=None, description="Encoding processes of a run. Default: one for each GPU of this machine, else one."
     )
-    batch_size: int = Field(32, ge=1, description="Images that go through the models at once.")
-    model_dtype: str = Field("auto", description="auto (bfloat16 on a GPU, float32 on a CPU), float32 or bfloat16.")
-    save_dtype: str = Field("float16", description="float16 or float32, of the stored latents.")
-    seed: int = Field(0, description="Of the posterior noise, which depends on it and on a sample's key only.")
-    save_images: bool = Field(False, description="Whether the JPEGs go into the latents' shards too.")
+    batch_size: int = Field(default=32, ge=1, description="Images that go through the models at once.")
+    model_dtype: str = Field(
+        default="auto", description="auto (bfloat16 on a GPU, float32 on a CPU), float32 or bfloat16."
+    )
+    save_dtype: str = Field(default="float16", description="float16 or float32, of the stored latents.")
+    seed: int = Field(default=0, description="Of the posterior noise, which depends on it and on a sample's key only.")
+    save_images: bool = Field(default=False, description="Whether the JPEGs go into the latents' shards too.")
 
     def tag(self) -> str:
         """The encoder pair's name in paths, e.g. `sdxl1_dfnclipH14`."""

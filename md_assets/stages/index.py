@@ -106,7 +106,9 @@ def _archive_shards(stage_dir: StageDir, ledger: Ledger, split: str) -> list[dic
     for entry in entries:
         raw = entry["raw_data"]
         if ledgered.get(f"{ledger.archive}/{raw['basename']}") != raw["bytes"]:
-            raise _disagrees(stage_dir, ledger, f"shard {raw['basename']} is not in its ledger with {raw['bytes']} bytes")
+            raise _disagrees(
+                stage_dir, ledger, f"shard {raw['basename']} is not in its ledger with {raw['bytes']} bytes"
+            )
         raw["basename"] = f"{below_split}/{raw['basename']}"
     if (rows := sum(entry["samples"] for entry in entries)) != ledger.kept:
         raise _disagrees(stage_dir, ledger, f"its index lists {rows} samples, its ledger {ledger.kept}")
@@ -129,7 +131,7 @@ def _common_layout(ledgers: Sequence[Ledger]) -> dict[str, Any]:
     for ledger, layout in zip(ledgers, layouts, strict=True):
         if layout != layouts[0]:
             raise MdAssetsError(
-                f"{ledger.dataset} {ledger.archive}: its arrays are {layout}, those of {ledgers[0].archive} {layouts[0]}",
+                f"{ledger.dataset} {ledger.archive}: its arrays are {layout}, not {layouts[0]}",
                 "Materialize the latents of one of them again",
             )
     return layouts[0]

@@ -57,9 +57,7 @@ def published(stage_dir: StageDir, archive: str) -> Ledger | None:
     return ledger
 
 
-def current(
-    stage_dir: StageDir, archive: str, settings: Mapping[str, Any], inputs: Mapping[str, str]
-) -> Ledger | None:
+def current(stage_dir: StageDir, archive: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> Ledger | None:
     """The ledger of an archive that is published and made from these inputs with these settings, else None."""
     ledger = published(stage_dir, archive)
     return ledger if ledger is not None and ledger.is_current(settings, inputs) else None

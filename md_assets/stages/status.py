@@ -1,6 +1,6 @@
 """status: what is published, told from the ledgers on disk.
 
-Here: reading. Not here: showing it (`terminal`), nor judging whether an archive is stale, for which settings are needed.
+Here: reading. Not here: showing it (`terminal`), nor judging whether an archive is stale, which takes settings.
 """
 
 from __future__ import annotations

@@ -56,7 +56,10 @@ def counts_balance(stage_dir: StageDir, archive: str, upstream: StageDir | None)
             facts["kept_upstream"] = kept_upstream
             if kept_upstream != ledger.read:
                 return Verdict(
-                    "counts_balance", False, f"{upstream.stage} kept {kept_upstream}, here {ledger.read} were read", facts
+                    "counts_balance",
+                    False,
+                    f"{upstream.stage} kept {kept_upstream}, here {ledger.read} were read",
+                    facts,
                 )
         return Verdict("counts_balance", True, f"{ledger.read} read = {ledger.kept} kept + rest rejected", facts)
 

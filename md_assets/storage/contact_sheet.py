@@ -49,7 +49,8 @@ def _thumbnail(jpeg: bytes) -> Image.Image:
     edge = min(picture.size)
     left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
     box = (left, top, left + edge, top + edge)
-    return picture.resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BICUBIC, box=box)
+    thumbnail: Image.Image = picture.resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BICUBIC, box=box)
+    return thumbnail
 
 
 def _latent_thumbnail(latent_CHW: npt.NDArray[np.floating[Any]]) -> Image.Image:

@@ -172,8 +172,10 @@ class ShardReader:
         except (struct.error, ValueError) as error:
             raise ShardError(f"{self.shard.path} row {row} is damaged: {error}", "Materialize it again.") from error
         if cursor != end:
-            raise ShardError(f"{self.shard.path} row {row} is damaged: its columns end at byte {cursor}, not {end}",
-                             "Materialize it again.")
+            raise ShardError(
+                f"{self.shard.path} row {row} is damaged: its columns end at byte {cursor}, not {end}",
+                "Materialize it again.",
+            )
         return values
 
 

@@ -169,5 +169,5 @@ def test_a_repository_without_weights_is_named(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "models--org--name" / "snapshots" / ("1" * 40)).mkdir(parents=True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(SettingsError, match="org/name has neither .* nor .* at 1111"):
+    with pytest.raises(SettingsError, match=r"org/name has neither .* nor .* at 1111"):
         TextEncoder.load("openclip:hf-hub:org/name", "1" * 40, CPU, torch.float32)

@@ -293,8 +293,8 @@ def test_an_encoder_that_cannot_be_loaded_ends_the_run(plan: LatentsPlan) -> Non
 def test_two_runs_at_once_share_the_archives(plan: LatentsPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each encodes some, none is encoded twice, and both end with everything published."""
     events: dict[str, list[dict[str, Any]]] = {"a": [], "b": []}
-    encoders = Encoders.load(plan.encoders, "cpu", "auto")
-    monkeypatch.setattr(Encoders, "load", lambda *_: encoders)
+    loaded = [Encoders.load(plan.encoders, "cpu", "auto") for _ in events]  # loading is not safe in threads
+    monkeypatch.setattr(Encoders, "load", lambda *_: loaded.pop())
     both_have_one, encode = threading.Barrier(2, timeout=60), Encoders.encode
     waited = set()
 

@@ -1,0 +1,250 @@
+"""The encoding process: as `accelerate launch` starts it, with Dagster's Pipes, and when it is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import dagster_pipes
+import numpy as np
+import pytest
+
+from md_assets.core.paths import DataRoot
+from md_assets.core.settings import ImageSettings
+from md_assets.orchestration import latents_worker
+from md_assets.orchestration.latents_worker import EventLog, Forwarder, dealt, events_path, main, progress_line
+from md_assets.stages.latents import LatentsPlan, encode_archives
+from md_assets.storage.mds import iter_rows
+
+COUNTS = {f"train/{i:03}": 6 + i for i in range(6)}
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+LAUNCH += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+
+
+@pytest.fixture
+def plan(tmp_path: Path, tiny_encoders, mds_rows, publish_mds) -> LatentsPlan:
+    for archive, count in COUNTS.items():
+        publish_mds(DataRoot(tmp_path), "jdb", archive, mds_rows(archive, count))
+    return LatentsPlan(
+        str(tmp_path),
+        "jdb",
+        tuple(COUNTS),
+        ImageSettings(),
+        tiny_encoders.settings(),
+        "tiny",
+        batch_size=4,
+        num_workers=1,
+    )
+
+
+@pytest.fixture
+def events_dir(tmp_path: Path) -> Path:
+    path = tmp_path / "events"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For calling `main` in this process: no launcher to watch, and SIGTERM as it was afterwards."""
+    monkeypatch.setattr(latents_worker, "_end_with_launcher", lambda launcher: None)
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(variable, raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def arguments(plan: LatentsPlan, events_dir: Path) -> list[str]:
+    file = events_dir.parent / "plan.json"
+    file.write_text(plan.to_json())
+    return [str(file), str(events_dir)]
+
+
+def events_of(events_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for file in sorted(events_dir.glob("*.jsonl")) for line in file.read_text().splitlines()]
+
+
+def test_alone_it_encodes_everything(plan: LatentsPlan, events_dir: Path, alone) -> None:
+    missing = replace(plan, archives=(*plan.archives, "train/099"))
+    assert main(arguments(missing, events_dir)) == 0
+    events = events_of(events_dir)
+    assert {e["archive"] for e in events if e["event"] == "published"} == set(COUNTS)
+    assert [e["archive"] for e in events if e["event"] == "failed"] == ["train/099"]
+    assert events[-1] == {"event": "done"}
+    assert all(plan.current(archive) for archive in COUNTS)
+
+
+def test_an_encoder_that_cannot_be_loaded_is_fatal(plan: LatentsPlan, events_dir: Path, alone, capfd) -> None:
+    broken = replace(plan, encoders=replace(plan.encoders, vae="/nowhere"))
+    assert main(arguments(broken, events_dir)) == 1
+    fatal, done = events_of(events_dir)
+    assert fatal["event"] == "fatal"
+    assert fatal["error"].startswith("the VAE /nowhere cannot be loaded")
+    assert "\n" not in fatal["error"]
+    assert done == {"event": "done"}
+    assert "Traceback" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work_and_report_through_pipes(plan: LatentsPlan, events_dir: Path) -> None:
+    """Real processes. Together they give the rows that one process gives, and say nothing else on standard error."""
+    context, messages = events_dir / "context.json", events_dir / "messages.json"
+    fields = dagster_pipes.PipesContextData.__annotations__
+    context.write_text(
+        json.dumps({**dict.fromkeys(fields), "run_id": "r", "job_name": "j", "retry_number": 0, "extras": {}})
+    )
+    done = subprocess.run(
+        [*LAUNCH, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+        + ["--module", "md_assets.orchestration.latents_worker", *arguments(plan, events_dir)],
+        env={
+            **os.environ,
+            "DAGSTER_PIPES_CONTEXT": dagster_pipes.encode_param({"path": str(context)}),
+            "DAGSTER_PIPES_MESSAGES": dagster_pipes.encode_param({"path": str(messages)}),
+        },
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert len(list(events_dir.glob("rank-*.jsonl"))) == 2
+    sent = [json.loads(line) for line in messages.read_text().splitlines()]
+    assert [m["method"] for m in sent] == ["opened", *["report_custom_message"] * len(COUNTS), "closed"]
+    published = [m["params"]["payload"] for m in sent[1:-1]]
+    assert sorted(e["archive"] for e in published) == sorted(COUNTS)
+    assert {e["event"] for e in published} == {"published"}
+
+    alone = replace(plan, encoder_tag="alone", batch_size=7, num_workers=0)
+    encode_archives(alone, lambda event: None)
+    for archive in COUNTS:
+        together = list(iter_rows(plan.latents_dir.data(archive)))
+        for row, other in zip(together, iter_rows(alone.latents_dir.data(archive)), strict=True):
+            assert row["key"] == other["key"]
+            for column in ("caption_latents", "latents_32", "latents_64"):
+                a, b = (np.frombuffer(r[column], np.float16).astype(float) for r in (row, other))
+                assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(b)
+
+
+def descendants(pid: int) -> list[int]:
+    children = [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [*children, *(grandchild for child in children for grandchild in descendants(child))]
+
+
+def running(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "\nState:\tZ" not in status.read_text()
+
+
+def wait_for(condition, timeout_s: float) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_killed_with_its_launcher_it_leaves_nothing_half(plan: LatentsPlan, events_dir: Path) -> None:
+    big = replace(plan, encoders=replace(plan.encoders, image_resolutions=(256, 512)))  # slow enough to be caught
+    launcher = subprocess.Popen(
+        [*LAUNCH, "--num_processes", "1", "--module", "md_assets.orchestration.latents_worker"]
+        + arguments(big, events_dir)
+    )
+    try:
+        wait_for(lambda: any(e["event"] == "published" for e in events_of(events_dir)), 120)
+        processes = descendants(launcher.pid)
+        assert len(processes) >= 2  # the process that encodes, and its worker
+    finally:
+        launcher.kill()
+        launcher.wait()
+    wait_for(lambda: not any(map(running, processes)), 20)
+    assert not any(e["event"] == "done" for e in events_of(events_dir))
+    ledgers = {archive: big.latents_dir.ledger(archive).exists() for archive in COUNTS}
+    data = {archive: big.latents_dir.data(archive).exists() for archive in COUNTS}
+    assert ledgers == data
+    assert set(ledgers.values()) == {True, False}
+
+    events: list[dict[str, Any]] = []
+    encode_archives(big, events.append)
+    assert {e["archive"]: e["event"] == "passed_over" for e in events if e["event"] != "progress"} == ledgers
+    assert all(big.current(archive) for archive in COUNTS)
+    assert [p.name for p in big.latents_dir.path.rglob(".*")] == []
+
+
+def test_each_archive_is_dealt_once(tmp_path: Path) -> None:
+    archives = [str(i) for i in range(400)]
+    with ThreadPoolExecutor(4) as pool:
+        hands = list(pool.map(lambda _: list(dealt(archives, tmp_path / "dealt")), range(4)))
+    assert sorted((a for hand in hands for a in hand), key=int) == archives
+    assert all(hand == sorted(hand, key=int) for hand in hands)
+    assert list(dealt(archives, tmp_path / "dealt")) == []
+
+
+def test_events_are_forwarded_in_order_until_all_are_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latents_worker, "POLL_INTERVAL_S", 0.01)
+    sent: list[dict[str, Any]] = []
+    lines: list[str] = []
+    progress = {"event": "progress", "archive": "a", "done_images": 1, "total_images": 2, "images_per_s": 1.0}
+
+    def process(rank: int) -> None:
+        log = EventLog(tmp_path, rank)
+        for number in range(50):
+            log.append({"event": "published", "archive": f"{rank}/{number}"})
+        log.append(progress)
+        log.append({"event": "done"})
+
+    with Forwarder("jdb", tmp_path, 3, sent.append, lines.append) as forwarder:
+        threads = [threading.Thread(target=process, args=(rank,)) for rank in range(3)]
+        for thread in threads:
+            thread.start()
+    for rank in range(3):
+        own = [e["archive"] for e in sent if e["archive"].startswith(f"{rank}/")]
+        assert own == [f"{rank}/{number}" for number in range(50)]
+    assert sent.count(progress) == 3
+    assert lines == ["jdb a: 1/2 images, 1.0 images/s, ETA 0:01"] * 3
+    assert not forwarder.fatal
+
+
+def test_a_line_in_the_making_is_left_for_later(tmp_path: Path) -> None:
+    sent: list[dict[str, Any]] = []
+    events_path(tmp_path, 0).write_text('{"event": "published", "archive": "a"}\n{"event": "pub')
+    forwarder = Forwarder("jdb", tmp_path, 1, sent.append, print)
+    forwarder.__enter__()
+    forwarder.stop()
+    assert [e["archive"] for e in sent] == ["a"]
+
+
+def test_a_fatal_error_of_any_process_counts(tmp_path: Path) -> None:
+    EventLog(tmp_path, 0).append({"event": "done"})
+    EventLog(tmp_path, 1).append({"event": "fatal", "error": "no GPU"})
+    EventLog(tmp_path, 1).append({"event": "done"})
+    with Forwarder("jdb", tmp_path, 2, lambda event: None, print) as forwarder:
+        pass
+    assert forwarder.fatal
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "rate", "line"),
+    [
+        (12000, 22000, 310.4, "jdb train/000: 12,000/22,000 images, 310 images/s, ETA 0:32"),
+        (100, 2000, 0.25, "jdb train/000: 100/2,000 images, 0.2 images/s, ETA 2:06:40"),
+        (100, 2000, 0.0, "jdb train/000: 100/2,000 images, 0.0 images/s"),
+    ],
+)
+def test_progress_for_people(done: int, total: int, rate: float, line: str) -> None:
+    event = {"archive": "train/000", "done_images": done, "total_images": total, "images_per_s": rate}
+    assert progress_line("jdb", event) == line
+
+
+def test_it_imports_neither_dagster_nor_torch_by_itself() -> None:
+    code = "import sys, md_assets.orchestration.latents_worker as w; print([m for m in ('dagster', 'torch') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
