@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from md_assets import __version__
-from md_assets.core.errors import MdAssetsError, SettingsError
+from md_assets.core.errors import MdAssetsError, SettingsError, one_line
 from md_assets.core.paths import DATA_ROOT_VARIABLE, DataRoot
 from md_assets.core.spec import DatasetSpec
 from md_assets.core.verdict import Verdict
@@ -32,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return WRONG_USAGE
     except MdAssetsError as error:
         print(f"md-assets: {error}", file=sys.stderr)
+        return FAILED
+    except OSError as error:
+        print(f"md-assets: {one_line(str(error))}. Check space and permissions of the data root", file=sys.stderr)
         return FAILED
 
 
@@ -91,25 +94,31 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _verdicts(spec: DatasetSpec, root: DataRoot) -> Iterator[tuple[str, str, Verdict]]:
-    from md_assets.stages.status import published_ledgers, stage_dirs
+    from md_assets.stages.status import stage_dirs
     from md_assets.stages.verify import verify_archive
 
     raw, mds, *latents = stage_dirs(root, spec.slug)
     for stage_dir, upstream in ((raw, None), (mds, raw), *((directory, mds) for directory in latents)):
-        for ledger in published_ledgers(spec, stage_dir):
-            for verdict in verify_archive(stage_dir, upstream, ledger.archive):
-                yield f"{spec.slug}/{stage_dir.path.name}", ledger.archive, verdict
+        for archive in spec.archives:
+            # By its ledger's file alone: what readers pass over as damaged is just what is to be found.
+            if stage_dir.ledger(archive).exists():
+                for verdict in verify_archive(stage_dir, upstream, archive):
+                    yield f"{spec.slug}/{stage_dir.path.name}", archive, verdict
 
 
 def _chosen(slugs: Sequence[str], root: DataRoot) -> list[DatasetSpec]:
     """The datasets that were named, or all that have data.
 
     Raises:
-        SettingsError: there is none of that name, or no data.
+        SettingsError: there is none of that name, or it has no data.
     """
-    chosen = [spec_of(slug) for slug in slugs] or [s for s in all_specs() if (root.path / s.slug).is_dir()]
-    if not chosen:
-        raise SettingsError(f"{root.path} holds no dataset", f"Set {DATA_ROOT_VARIABLE} or materialize one")
+    named = [spec_of(slug) for slug in dict.fromkeys(slugs)]
+    chosen = [spec for spec in named or all_specs() if (root.path / spec.slug).is_dir()]
+    absent = ", ".join(spec.slug for spec in named if spec not in chosen)
+    if absent or not chosen:
+        raise SettingsError(
+            f"{root.path} holds no {absent or 'dataset'}", f"Set {DATA_ROOT_VARIABLE} or materialize some of it"
+        )
     return chosen
 
 

@@ -18,5 +18,7 @@ from md_assets.orchestration.assets import dataset_assets  # noqa: E402 (its dec
 
 defs = dg.Definitions(
     assets=[asset for spec in all_specs() for asset in dataset_assets(spec)],
+    # Steps of a run take turns anyway; a process for each would only cost its start.
+    executor=dg.in_process_executor,
     resources={"hub": HubResource(), "images": ImagesResource(), "encoders": EncodersResource()},
 )

@@ -74,7 +74,9 @@ def print_verdicts(verdicts: Iterable[tuple[str, str, Verdict]]) -> int:
             passed += 1
         else:
             failed += 1
-            shown.print(f"FAILED {stage} {archive} {verdict.check}: {verdict.what}", highlight=False, soft_wrap=True)
+            # As it is: paths and names may hold what rich takes for markup.
+            line = f"FAILED {stage} {archive} {verdict.check}: {verdict.what}"
+            shown.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
     shown.print(f"{passed} checks passed, {failed} failed", highlight=False)
     return failed
 

@@ -21,10 +21,31 @@ def safe_name(name: str) -> str | None:
     """
     if name.startswith("/"):
         return None
-    parts = [part for part in name.split("/") if part not in ("", ".")]
+    parts = _parts(name)
     if not parts or ".." in parts:
         return None
-    return "/".join("".join(map(_safe_character, part)) for part in parts)
+    return "/".join(map(_safe_part, parts))
+
+
+def refused_name(name: str) -> str:
+    """What to call a member whose name `safe_name` refuses.
+
+    Args:
+        name: as `safe_name` takes it.
+
+    Returns: a harmless relative path: `..` and a leading `/` are percent-encoded too, so that no safe name is like it
+        and different names stay different.
+    """
+    spelled = "/".join("%2E%2E" if part == ".." else _safe_part(part) for part in _parts(name))
+    return f"%2F{spelled}" if name.startswith("/") else spelled or "%2E"
+
+
+def _parts(name: str) -> list[str]:
+    return [part for part in name.split("/") if part not in ("", ".")]
+
+
+def _safe_part(part: str) -> str:
+    return "".join(map(_safe_character, part))
 
 
 def _safe_character(character: str) -> str:

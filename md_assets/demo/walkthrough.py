@@ -6,7 +6,6 @@ one is an ordinary Dagster run of the ordinary assets.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
@@ -14,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from md_assets.core.errors import MdAssetsError
 from md_assets.core.paths import DATA_ROOT_VARIABLE, DataRoot
 from md_assets.core.settings import DEFAULT_TEXT_ENCODER, DEFAULT_VAE
 from md_assets.datasets import spec_of
-from md_assets.demo.journeydb import ARCHIVES, write_miniature_journeydb
+from md_assets.demo.journeydb import ARCHIVES, SAMPLES_PER_ARCHIVE, write_miniature_journeydb
 from md_assets.demo.loopback_hub import LoopbackHub
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ BY_HAND = ARCHIVES[-1]
 """The archive that the demo leaves for the reader to materialize in the UI."""
 
 STEPS: Sequence[tuple[str, tuple[str, str] | None]] = (
+    ("archive", None),
     ("annotations", None),
     ("raw", ("train/000", "train/001")),
     ("raw", ("valid/000", "valid/000")),
@@ -81,13 +82,13 @@ class Sandbox:
     def _text_encoder(self) -> Path:
         return self.path / "models" / DEFAULT_TEXT_ENCODER.rpartition(":")[2]
 
-    def prepare(self) -> None:
-        """Write the sources and the encoders, unless they are there."""
+    def prepare(self, samples: int = SAMPLES_PER_ARCHIVE, size_px: int = 1024) -> None:
+        """Write the sources and the encoders, unless they are there; see `journeydb.miniature_archive`."""
         from md_assets.demo.tiny_encoders import write_tiny_open_clip, write_tiny_vae
 
         self.dagster_home.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(Path(__file__).with_name("dagster.yaml"), self.dagster_home / "dagster.yaml")
-        write_miniature_journeydb(self.hub_root)
+        write_miniature_journeydb(self.hub_root, samples=samples, size_px=size_px)
         for folder, write in ((self._vae, write_tiny_vae), (self._text_encoder, write_tiny_open_clip)):
             if not folder.exists():
                 unfinished = folder.with_name(f".{folder.name}.new")
@@ -127,7 +128,7 @@ def run_demo(folder: Path) -> int:
     sandbox = Sandbox(folder.absolute())
     print(f"demo in {folder}: writing a miniature JourneyDB and two tiny encoders …", flush=True)
     sandbox.prepare()
-    with LoopbackHub(sandbox.hub_root) as hub, _environment(sandbox.environment(hub.endpoint)):
+    with LoopbackHub(sandbox.hub_root) as hub, environment_variables(sandbox.environment(hub.endpoint)):
         print(f"a Hub that serves it answers at {hub.endpoint}", flush=True)
         done, passed_over = _materialize()
         samples = _samples_seen_by_loader(sandbox.data)
@@ -184,33 +185,52 @@ def _materialize() -> tuple[int, int]:
     """
     import dagster as dg
 
-    from md_assets.definitions import defs
-
     published = passed_over = 0
     with dg.DagsterInstance.get() as instance:
-        job = defs.resolve_implicit_global_asset_job_def()
         for name, partition_range in STEPS:
-            key = dg.AssetKey([DATASET, name])
-            tags = {}
-            if partition_range:
-                tags = dict(zip(_RANGE_TAGS, partition_range, strict=True))
             label = f"{DATASET}/{name}" + (f" {' … '.join(dict.fromkeys(partition_range))}" if partition_range else "")
             started = time.monotonic()
-            result = job.get_subset(asset_selection={key}).execute_in_process(
-                instance=instance, tags=tags, run_config=_QUIET, raise_on_error=False
-            )
+            result = materialize(instance, f"{DATASET}/{name}", partition_range)
             if not result.success:
-                raise MdAssetsError(f"{label} failed: {_failure(result)}", "See the run in the UI")
-            for event in result.asset_materializations_for_node(_node(name)):
+                raise MdAssetsError(f"{label} failed: {failure_of(result)}", "See the run in the UI")
+            for event in result.get_asset_materialization_events():
                 if event.partition is not None:
-                    over = event.metadata["passed_over"].value
+                    over = event.materialization.metadata["passed_over"].value
                     passed_over += bool(over)
                     published += not over
             print(f"  {label}  {time.monotonic() - started:.1f} s", flush=True)
     return published, passed_over
 
 
-def _failure(result: dg.ExecuteInProcessResult) -> str:
+def materialize(
+    instance: dg.DagsterInstance,
+    asset: str,
+    partition_range: tuple[str, str] | None = None,
+    resources: Mapping[str, Mapping[str, object]] | None = None,
+) -> dg.ExecuteInProcessResult:
+    """Run one asset in this process, as a run of `instance` like any other.
+
+    Args:
+        asset: its key, e.g. `jdb/raw`.
+        partition_range: first and last partition; None for an asset without partitions.
+        resources: fields of resources that differ from their defaults, e.g. `{"images": {"jpeg_quality": 90}}`.
+    """
+    import dagster as dg
+
+    from md_assets.definitions import defs
+
+    job = defs.resolve_implicit_global_asset_job_def()
+    run_config = {**_QUIET, "resources": {name: {"config": fields} for name, fields in (resources or {}).items()}}
+    return job.get_subset(asset_selection={dg.AssetKey(asset.split("/"))}).execute_in_process(
+        instance=instance,
+        tags=dict(zip(_RANGE_TAGS, partition_range, strict=True)) if partition_range else {},
+        run_config=run_config,
+        raise_on_error=False,
+    )
+
+
+def failure_of(result: dg.ExecuteInProcessResult) -> str:
+    """What a failed run says."""
     for event in result.get_step_failure_events():
         data = event.step_failure_data
         if data.user_failure_data and data.user_failure_data.description:
@@ -218,10 +238,6 @@ def _failure(result: dg.ExecuteInProcessResult) -> str:
         if data.error:
             return data.error.message.strip()
     return "unknown"
-
-
-def _node(asset: str) -> str:
-    return f"{DATASET}__{asset}"
 
 
 def _samples_seen_by_loader(data: DataRoot) -> int:
@@ -233,8 +249,8 @@ def _samples_seen_by_loader(data: DataRoot) -> int:
     return count_samples([latents / "train", latents / "valid"])
 
 
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+@contextmanager
+def environment_variables(variables: Mapping[str, str]) -> Iterator[None]:
     """Environment variables for the time of the block."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)

@@ -57,7 +57,7 @@ class ArchiveRun:
                 self.fail(error)
 
     def record(self, outcome: Outcome) -> None:
-        """An archive is published; checks run on it unless it had been published before."""
+        """An archive is published: record it, and check it; without reading all of it if that was done before."""
         ledger = outcome.ledger
         self._done += 1
         self._passed_over += outcome.passed_over
@@ -71,12 +71,15 @@ class ArchiveRun:
         )
         if outcome.passed_over:
             self._context.log.info(f"{self._name} {ledger.archive}: already published, passed over")
-            return
-        self._context.log.info(
-            f"{self._name} {ledger.archive}: {ledger.read:,} read, {ledger.kept:,} kept, "
-            f"{ledger.rejected_count:,} rejected in {ledger.seconds:.1f} s"
+        else:
+            self._context.log.info(
+                f"{self._name} {ledger.archive}: {ledger.read:,} read, {ledger.kept:,} kept, "
+                f"{ledger.rejected_count:,} rejected in {ledger.seconds:.1f} s"
+            )
+        checks = evaluate(
+            self._key, self._stage_dir, self._upstream, ledger.archive, read_all=not outcome.passed_over
         )
-        for evaluation in evaluate(self._key, self._stage_dir, self._upstream, ledger.archive):
+        for evaluation in checks:
             self._context.log_event(evaluation)
             if not evaluation.passed:
                 self._context.log.error(f"{self._name} {ledger.archive}: {evaluation.description}")

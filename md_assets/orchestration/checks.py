@@ -23,7 +23,7 @@ def check_specs(
 
 
 def evaluate(
-    key: dg.AssetKey, stage_dir: StageDir, upstream: StageDir | None, archive: str
+    key: dg.AssetKey, stage_dir: StageDir, upstream: StageDir | None, archive: str, *, read_all: bool
 ) -> Iterator[dg.AssetCheckEvaluation]:
     """Run the checks of a stage on one published archive.
 
@@ -32,10 +32,11 @@ def evaluate(
         stage_dir: where the archive is published.
         upstream: the stage whose kept samples were read here; None for raw.
         archive: its ID, which is its partition.
+        read_all: see `stages.verify.verify_archive`.
     """
     from md_assets.stages.verify import verify_archive  # imports numpy, which is not needed to load the definitions
 
-    for verdict in verify_archive(stage_dir, upstream, archive):
+    for verdict in verify_archive(stage_dir, upstream, archive, read_all=read_all):
         facts: dict[str, Any] = {"archive": archive, **verdict.facts}
         yield dg.AssetCheckEvaluation(
             asset_key=key,

@@ -24,30 +24,32 @@ def archive_metadata(stage_dir: StageDir, ledger: Ledger, passed_over: bool) -> 
     Args:
         stage_dir: where it is published.
         ledger: what happened to its samples.
-        passed_over: whether it had been published before; its pictures are not made again.
+        passed_over: whether it had been published before this run.
     """
     metadata: dict[str, Any] = {
         "read": ledger.read,
         "kept": ledger.kept,
         "rejected": ledger.rejected_count,
-        "dagster/row_count": ledger.kept,
-        "bytes_in": ledger.bytes_in,
-        "bytes_out": ledger.bytes_out,
-        "seconds": ledger.seconds,
-        "images_per_s": round(ledger.read / ledger.seconds, 2) if ledger.seconds else 0.0,
-        "source": f"{ledger.source.get('name')} @ {ledger.source.get('revision')}",
-        "source_content_id": ledger.source.get("content_id", ""),
-        "fingerprint": ledger.fingerprint,
-        "versions": dg.MetadataValue.json(ledger.versions),
-        "details": dg.MetadataValue.json(ledger.details),
-        "ledger": dg.MetadataValue.path(str(stage_dir.ledger(ledger.archive))),
-        "data": dg.MetadataValue.path(str(stage_dir.data(ledger.archive))),
-        "passed_over": passed_over,
     }
     if ledger.rejected:
         metadata["rejected_by_reason"] = dg.MetadataValue.md(rejects_table(ledger.rejected))
-    if not passed_over and (sheet := _contact_sheet(stage_dir, ledger)):
-        metadata["contact_sheet"] = dg.MetadataValue.md(f"![{SHEET_IMAGES} of {ledger.kept} samples]({sheet})")
+    if sheet := _contact_sheet(stage_dir, ledger):
+        metadata["contact_sheet"] = dg.MetadataValue.md(f"![samples of {ledger.archive}]({sheet})")
+    metadata |= {
+        "seconds": ledger.seconds,
+        "images_per_s": round(ledger.read / ledger.seconds, 2) if ledger.seconds else 0.0,
+        "bytes_in": ledger.bytes_in,
+        "bytes_out": ledger.bytes_out,
+        "passed_over": passed_over,
+        "source": f"{ledger.source.get('name')} @ {ledger.source.get('revision')}",
+        "source_content_id": ledger.source.get("content_id", ""),
+        "fingerprint": ledger.fingerprint,
+        "details": dg.MetadataValue.json(ledger.details),
+        "versions": dg.MetadataValue.json(ledger.versions),
+        "ledger": dg.MetadataValue.path(str(stage_dir.ledger(ledger.archive))),
+        "data": dg.MetadataValue.path(str(stage_dir.data(ledger.archive))),
+        "dagster/row_count": ledger.kept,
+    }
     return {key: dg.MetadataValue.text(value) if isinstance(value, str) else value for key, value in metadata.items()}
 
 

@@ -7,8 +7,10 @@ Here: fetching the file, reading its rows, and what becomes of broken ones. Not 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 from md_assets.core.errors import MdAssetsError
 from md_assets.core.ledger import Ledger, Reason
@@ -122,26 +124,44 @@ def _add_rows(
 
     known = set(spec.archives)
     with open_single_file(file) as lines:
-        number = 0
-        while line := lines.readline(MAX_LINE_BYTES):
-            number += 1
-            if not line.strip():
-                continue
+        for number, line in _numbered(lines):
             read += 1
             try:
+                if line is None:
+                    raise ValueError(f"the line has more than {MAX_LINE_BYTES} bytes")
                 row = json.loads(line)
                 columns_seen.update(row)
                 caption = source.parse(row)
+                if not isinstance(caption.text, str):
+                    raise TypeError(f"the caption is {type(caption.text).__name__}, not text")
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 reject("broken_row", number, f"{type(error).__name__}: {error}")
             else:
                 if caption.archive not in known:
                     reject("unknown_archive", number, f"archive {caption.archive} is none of {spec.slug}")
                 else:
-                    writer.add(caption)
+                    writer.add(replace(caption, text=as_unicode(caption.text)))
             if read == ROWS_TO_JUDGE_COLUMNS:
                 refuse_without_columns()
             if read % 1_000 == 0:
                 report(Progress(source.name, "indexes", read, None, "rows"))
     refuse_without_columns()
     return rejected, faults, read
+
+
+def _numbered(lines: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
+    """The lines that are not blank with their numbers from 1; None for one that is longer than `MAX_LINE_BYTES`."""
+    number = 0
+    while line := lines.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MAX_LINE_BYTES:
+            yield number, None
+        elif line.strip():
+            yield number, line
+        while line and not line.endswith(b"\n"):  # the rest of a long one
+            line = lines.readline(MAX_LINE_BYTES + 1)
+
+
+def as_unicode(text: str) -> str:
+    """`text` that UTF-8 can store: halves of surrogate pairs, which JSON may spell, are joined or become U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -17,7 +17,7 @@ from md_assets.core.paths import StageDir
 from md_assets.core.settings import fingerprint
 from md_assets.stages.once import published
 from md_assets.storage.mds import INDEX_NAME, INDEX_VERSION
-from md_assets.storage.publish import workspace, write_atomically
+from md_assets.storage.publish import output_file, workspace, write_atomically
 
 METADATA_KEY = "md_assets"
 """Top-level key of a merged index that holds what a reader needs to know; mosaicml-streaming passes it over."""
@@ -61,11 +61,20 @@ def merge_indexes(
     Raises:
         MdAssetsError: an archive is not what its ledger says; the index that was there stays.
     """
-    wanted = fingerprint(settings)
+    path = stage_dir.index(split)
+    if not any(stage_dir.ledger(archive).exists() for archive in archives):
+        return None
+    with workspace(path) as own:  # before looking, so that of two merges the later one has seen more
+        return _merge(stage_dir, split, archives, fingerprint(settings), own)
+
+
+def _merge(
+    stage_dir: StageDir, split: str, archives: Sequence[str], wanted: str, workspace_dir: Path
+) -> MergedIndex | None:
     merged: list[Ledger] = []
     stale, missing, empty = [], [], []
     for archive in archives:
-        ledger = published(stage_dir, archive)
+        ledger = _whole(stage_dir, archive)
         if ledger is None:
             missing.append(archive)
         elif ledger.fingerprint != wanted:
@@ -91,34 +100,44 @@ def merge_indexes(
         },
     }
     path = stage_dir.index(split)
-    with workspace(path) as own:
-        write_atomically(path, json.dumps(index, sort_keys=True).encode(), own)
+    write_atomically(path, json.dumps(index, sort_keys=True).encode(), workspace_dir)
     archive_ids = tuple(ledger.archive for ledger in merged)
     return MergedIndex(path, archive_ids, samples, len(shards), tuple(stale), tuple(missing), tuple(empty))
 
 
+def _whole(stage_dir: StageDir, archive: str) -> Ledger | None:
+    """The ledger of an archive whose data are all there, None where it is not published."""
+    ledger = published(stage_dir, archive)
+    if ledger is None and stage_dir.ledger(archive).exists():
+        raise _disagrees(stage_dir, archive, "its ledger is damaged, or files that it names are missing or cut off")
+    return ledger
+
+
 def _archive_shards(stage_dir: StageDir, ledger: Ledger, split: str) -> list[dict[str, Any]]:
     """The archive's shards, named relative to the merged index, checked against its ledger."""
-    directory = stage_dir.data(ledger.archive)
-    entries = json.loads((directory / INDEX_NAME).read_bytes())["shards"]
+    index_path = stage_dir.data(ledger.archive) / INDEX_NAME
+    if output_file(index_path, f"{ledger.archive}/{INDEX_NAME}") not in ledger.files:
+        raise _disagrees(stage_dir, ledger.archive, "its index was edited after it was written")
+    entries = json.loads(index_path.read_bytes())["shards"]
     ledgered = {file.path: file.bytes for file in ledger.files}
     below_split = ledger.archive.removeprefix(f"{split}/") if split else ledger.archive
     for entry in entries:
         raw = entry["raw_data"]
         if ledgered.get(f"{ledger.archive}/{raw['basename']}") != raw["bytes"]:
             raise _disagrees(
-                stage_dir, ledger, f"shard {raw['basename']} is not in its ledger with {raw['bytes']} bytes"
+                stage_dir, ledger.archive, f"shard {raw['basename']} is not in its ledger with {raw['bytes']} bytes"
             )
         raw["basename"] = f"{below_split}/{raw['basename']}"
     if (rows := sum(entry["samples"] for entry in entries)) != ledger.kept:
-        raise _disagrees(stage_dir, ledger, f"its index lists {rows} samples, its ledger {ledger.kept}")
+        what = f"its index lists {rows} samples, its ledger {ledger.kept}"
+        raise _disagrees(stage_dir, ledger.archive, what)
     return entries  # type: ignore[no-any-return]
 
 
-def _disagrees(stage_dir: StageDir, ledger: Ledger, what: str) -> MdAssetsError:
+def _disagrees(stage_dir: StageDir, archive: str, what: str) -> MdAssetsError:
     return MdAssetsError(
-        f"{ledger.dataset} {ledger.archive}: {what}",
-        f"Delete {stage_dir.ledger(ledger.archive)} and materialize {ledger.dataset}/{ledger.stage} of it again",
+        f"{stage_dir.dataset} {archive}: {what}",
+        f"Delete {stage_dir.ledger(archive)} and materialize {stage_dir.dataset}/{stage_dir.stage} of it again",
     )
 
 

@@ -27,7 +27,7 @@ from md_assets.core.ledger import Ledger
 from md_assets.core.paths import DataRoot, StageDir
 from md_assets.core.schema import latents_columns
 from md_assets.core.settings import EncoderSettings, ImageSettings, latents_settings, mds_settings
-from md_assets.stages.once import current, upstream_ledger, versions_of
+from md_assets.stages.once import archive_errors, current, upstream_ledger, versions_of
 from md_assets.storage.mds import Shard, ShardWriter, ledgered_files, read_index
 from md_assets.storage.publish import BusyError, publish, scratch, with_files, workspace
 
@@ -175,7 +175,7 @@ def _walk(plan: LatentsPlan, encoders: Encoders, report: Report, archives: Itera
                 claim = _claim(plan, encoders, report, archive, wait)
             except BusyError:
                 busy.append(archive)
-            except (MdAssetsError, OSError) as error:
+            except Exception as error:
                 report(_failed(plan.dataset, archive, error))
             else:
                 if claim is None:
@@ -204,7 +204,8 @@ def _walk(plan: LatentsPlan, encoders: Encoders, report: Report, archives: Itera
                     unwritten.popleft().result()
     except BaseException as error:
         for claim in held.values():
-            claim.fail(error)
+            stopped = claim.error(f"was stopped ({type(error).__name__})", "Run it again", "stopped")
+            claim.fail(error if isinstance(error, MdAssetsError) else stopped)
         raise
     return busy
 
@@ -297,25 +298,29 @@ class _Claim:
             if self._plan.upstream(self.archive).content_id != self._mds.content_id:
                 raise self.error("mds changed while it was encoded", "Run it again", "upstream_changed")
             ledger = publish(self._plan.latents_dir, writer.directory, self._ledger(writer))
-            self._ended = True
-            self._release.close()
         except Exception as error:
             self.fail(error)
             return
+        self._end()
         self._report({"event": "published", "archive": self.archive, "rows": ledger.kept, "seconds": ledger.seconds})
 
-    def fail(self, error: BaseException) -> None:
+    def fail(self, error: Exception) -> None:
         """Give the archive up; nothing of it is published. Does nothing once it is published or has failed."""
         if self._ended:
             return
-        self._ended = self.failed = True
-        with suppress(OSError):  # what cannot be removed now, the next run's workspace clears
-            self._release.close()
+        self.failed = True
+        self._end()
         self._report(_failed(self._plan.dataset, self.archive, error))
 
     def error(self, what: str, remedy: str, reason: str) -> ArchiveError:
         """An error of this archive."""
         return ArchiveError(self._plan.dataset, self.archive, what, remedy, reason=reason)
+
+    def _end(self) -> None:
+        self._ended = True
+        self._writer = None  # an unfinished one holds up to a shard of rows
+        with suppress(OSError):  # what cannot be removed now, the next run's workspace clears
+            self._release.close()
 
     def _open_writer(self) -> ShardWriter:
         if self._writer is None:
@@ -369,21 +374,16 @@ class _Claim:
         return with_files(ledger, ledgered_files(writer.directory, self.archive))
 
 
-def _failed(dataset: str, archive: str, error: BaseException) -> dict[str, Any]:
+def _failed(dataset: str, archive: str, error: Exception) -> dict[str, Any]:
     """The event of a failed archive, whatever it failed of."""
-    if not isinstance(error, ArchiveError):
-        what, remedy, reason = f"{type(error).__name__} {error}", "Report it with the run's log", "internal"
-        if isinstance(error, MdAssetsError):
-            what, remedy, reason = error.what, error.remedy, "failed"
-        elif isinstance(error, OSError):
-            what, remedy, reason = str(error), "Check space and permissions of the data root", "disk"
-        elif not isinstance(error, Exception):
-            what, remedy, reason = f"was stopped ({type(error).__name__})", "Run it again", "stopped"
-        error = ArchiveError(dataset, archive, what, remedy, reason=reason)
-    return {
-        "event": "failed",
-        "archive": archive,
-        "error": str(error),
-        "reason": error.reason,
-        "transient": error.transient,
-    }
+    try:
+        with archive_errors(dataset, archive):
+            raise error
+    except ArchiveError as known:
+        return {
+            "event": "failed",
+            "archive": archive,
+            "error": str(known),
+            "reason": known.reason,
+            "transient": known.transient,
+        }

@@ -17,7 +17,8 @@ from md_assets.core.progress import Progress, ReportProgress, silent
 from md_assets.core.schema import MDS_COLUMNS
 from md_assets.core.settings import ImageSettings, mds_settings, raw_settings
 from md_assets.core.spec import DatasetSpec
-from md_assets.stages.once import Made, Outcome, once, published, upstream_ledger, versions_of
+from md_assets.stages.annotations import as_unicode
+from md_assets.stages.once import Made, Outcome, archive_errors, once, published, upstream_ledger, versions_of
 from md_assets.storage.captions import read_captions
 from md_assets.storage.mds import ShardWriter, ledgered_files
 from md_assets.storage.publish import scratch, with_files
@@ -48,9 +49,10 @@ def convert_archive(
     May be repeated and killed at any time; the same raw archive and captions give the same bytes.
     """
     raw_dir = root.raw(spec.slug)
-    raw = upstream_ledger(raw_dir, archive, raw_settings(images))
+    with archive_errors(spec.slug, archive):
+        raw = upstream_ledger(raw_dir, archive, raw_settings(images))
+        annotations = _annotations_ledger(spec, archive, root)
     inputs = {"raw": raw.content_id}
-    annotations = _annotations_ledger(spec, archive, root)
     if annotations is not None:
         inputs["annotations"] = annotations.content_id
 
@@ -98,7 +100,7 @@ def _write_shards(
             read += 1
             seen.add(sample.key)
             caption = sample.caption if sample.caption is not None else captions.get(sample.key)
-            caption = (caption or "").replace("\0", "")
+            caption = as_unicode(caption or "").replace("\0", "")
             if not caption.strip():
                 rejected[Reason.NO_CAPTION].append(sample.key)
                 continue

@@ -7,6 +7,7 @@ Here: what all stages that publish an archive share. Not here: the work itself, 
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from md_assets.core.ledger import Ledger
 from md_assets.core.paths import StageDir
 from md_assets.core.settings import fingerprint
 from md_assets.storage.publish import clear_leftovers, publish, read_ledger, workspace
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -114,10 +117,11 @@ def once(
     Raises:
         ArchiveError: the work failed; nothing was published, what was there before is untouched.
     """
-    done = current(stage_dir, archive, settings, inputs)
-    if done is not None:
-        clear_leftovers(stage_dir.ledger(archive))
-        return Outcome(done, passed_over=True)
+    with archive_errors(stage_dir.dataset, archive):
+        done = current(stage_dir, archive, settings, inputs)
+        if done is not None:
+            clear_leftovers(stage_dir.ledger(archive))
+            return Outcome(done, passed_over=True)
     started = time.monotonic()
     with (
         archive_errors(stage_dir.dataset, archive),
@@ -133,7 +137,10 @@ def once(
 
 @contextmanager
 def archive_errors(dataset: str, archive: str) -> Iterator[None]:
-    """Whatever goes wrong in the block with bytes, servers and disks becomes an `ArchiveError` of this archive."""
+    """Whatever goes wrong in the block becomes an `ArchiveError` of this archive, so that the others go on.
+
+    What nobody foresaw is logged with its traceback, for it is a defect of this code.
+    """
     try:
         yield
     except ArchiveError:
@@ -150,6 +157,10 @@ def archive_errors(dataset: str, archive: str) -> Iterator[None]:
         raise ArchiveError(
             dataset, archive, what, "Check space and permissions of the data root", reason="disk"
         ) from error
+    except Exception as error:
+        _log.exception("%s %s: an error that nobody foresaw", dataset, archive)
+        what = f"{type(error).__name__}: {error}"
+        raise ArchiveError(dataset, archive, what, "Report it with the run's log", reason="internal") from error
 
 
 def versions_of(*packages: str) -> dict[str, str]:

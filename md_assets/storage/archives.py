@@ -17,11 +17,20 @@ from typing import IO, Any, cast
 
 from md_assets.core.errors import CorruptArchiveError
 from md_assets.core.ledger import Reason
-from md_assets.core.names import safe_name
+from md_assets.core.names import refused_name, safe_name
 from md_assets.core.spec import ArchiveFormat, Member
 
 GZIP_MAGIC = b"\x1f\x8b"
 """RFC 1952, section 2.3.1."""
+
+_MAX_TAR_BYTES = 2**40
+"""A header that makes a tar longer than this, unpacked, is damaged: the largest of any source has 11 GB. tarfile
+would skip to the end that it promises, block by block, for years."""
+
+_MAX_HEADER_BYTES = 2**20
+"""A long name or a pax header of more is damaged; tarfile would read it into memory whatever its size."""
+
+_BLOCK_BYTES = 1 << 20
 
 _REFETCH = "Run the archive again; if it stays so, the file is broken at its source"
 
@@ -47,19 +56,17 @@ def iter_members(
     if archive_format != "tar":
         raise NotImplementedError(archive_format)
     with _open_tar(path) as (tar, file):
-        for info in tar:
+        for info in _entries(tar):
             if on_position:
                 on_position(file.tell())
             if not info.isdir():
                 yield _member(tar, info, max_member_bytes)
-            tar.members = []  # type: ignore[attr-defined]  # tarfile remembers every header it saw
 
 
 def _member(tar: tarfile.TarFile, info: tarfile.TarInfo, max_member_bytes: int) -> Member:
     name = safe_name(info.name)
     if name is None or not info.isreg():
-        shown = name or safe_name(info.name.replace("..", "%2E%2E").lstrip("/")) or "%2F"
-        return Member(shown, b"", Reason.UNSAFE_MEMBER)
+        return Member(name or refused_name(info.name), b"", Reason.UNSAFE_MEMBER)
     if info.size > max_member_bytes:
         return Member(name, b"", Reason.TOO_LARGE)
     content = tar.extractfile(info)
@@ -77,7 +84,7 @@ def open_single_file(path: Path) -> Iterator[IO[bytes]]:
     """
     with _open_tar(path) as (tar, _):
         found = False
-        for info in tar:
+        for info in _entries(tar):
             if not info.isreg():
                 continue
             if found:
@@ -98,6 +105,13 @@ class _CompleteTarInfo(tarfile.TarInfo):
     """
 
     @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Any:
+        info = super().frombuf(buf, encoding, errors)
+        if info.type in _HEADERS_OF_HEADERS and info.size > _MAX_HEADER_BYTES:
+            raise _Broken("corrupt", f"a header of {info.size} bytes")
+        return info
+
+    @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> Any:
         try:
             return super().fromtarfile(tar)
@@ -110,10 +124,50 @@ class _CompleteTarInfo(tarfile.TarInfo):
             raise _Broken("not_an_archive" if at_start else "corrupt", str(error)) from error
 
 
+_HEADERS_OF_HEADERS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+
+
 class _Broken(Exception):
     def __init__(self, reason: str, what: str) -> None:
         self.reason = reason
         super().__init__(what)
+
+
+def _entries(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """All entries in order; each is worth something until the next one is asked for."""
+    entries = iter(tar)
+    while True:
+        with _header_errors():
+            info = next(entries, None)
+        if info is None:
+            return
+        if info.size < 0 or tar.offset > _MAX_TAR_BYTES:
+            raise _Broken("corrupt", f"an entry of {info.size} bytes")
+        yield info
+        tar.members = []  # type: ignore[attr-defined]  # tarfile remembers every header it saw
+
+
+@contextmanager
+def _header_errors() -> Iterator[None]:
+    """What tarfile raises, undocumented, on headers that it does not expect."""
+    try:
+        yield
+    except (LookupError, ValueError, ArithmeticError, RecursionError) as error:
+        raise _Broken("corrupt", f"a header makes no sense ({error})") from error
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Only zeros may follow the end mark: it is itself a block of zeros, which a hole in a file has too."""
+    rest = cast(IO[bytes], tar.fileobj)
+    while block := rest.read(_BLOCK_BYTES):
+        if block.count(0) != len(block):
+            raise _Broken("corrupt", "there is something behind its end mark")
 
 
 @contextmanager
@@ -128,21 +182,21 @@ def _open_tar(path: Path) -> Iterator[tuple[tarfile.TarFile, IO[bytes]]]:
             file.seek(0)
             if not start:
                 raise _Broken("truncated", "it is empty")
-            if start.lstrip()[:1] == b"<":
+            if start.lstrip()[:1] == b"<" and start[257:262] != tarfile.POSIX_MAGIC[:5]:
                 raise _Broken("not_an_archive", "it is a web page")
             stream = cast(IO[bytes], gzip.GzipFile(fileobj=file)) if start.startswith(GZIP_MAGIC) else file
-            # errors: names that are not UTF-8 come as surrogates, which safe_name encodes.
-            with tarfile.open(
-                fileobj=stream,
-                mode="r|",
-                tarinfo=_CompleteTarInfo,
-                encoding="utf-8",
-                errors="surrogateescape",
-                bufsize=1 << 20,
-            ) as tar:
-                yield tar, file
-            while stream.read(1 << 20):
-                pass
+            with _header_errors():
+                # errors: names that are not UTF-8 come as surrogates, which safe_name encodes.
+                tar = tarfile.open(  # noqa: SIM115 (it holds nothing that must be closed)
+                    fileobj=stream,
+                    mode="r|",
+                    tarinfo=_CompleteTarInfo,
+                    encoding="utf-8",
+                    errors="surrogateescape",
+                    bufsize=_BLOCK_BYTES,
+                )
+            yield tar, file
+            _check_end(tar)
     except EOFError as error:
         raise CorruptArchiveError(f"{path.name} is cut off", _REFETCH, reason="truncated") from error
     except _Broken as error:

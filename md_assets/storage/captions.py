@@ -28,6 +28,9 @@ SPILL_FILES = 64
 BUFFERED_ROWS = 100_000
 """Rows held in memory before they are spilled; about 30 MB of captions."""
 
+BUFFERED_CHARACTERS = 50_000_000
+"""Characters of captions held in memory before they are spilled, however few the rows."""
+
 _ROW_GROUPS_KEY = b"md_assets.row_groups"
 _SCHEMA = pa.schema([("archive", pa.string()), ("key", pa.string()), ("caption", pa.string())])
 
@@ -53,6 +56,7 @@ class CaptionIndexWriter:
         self._files = ExitStack()
         self._spills: dict[int, Any] = {}
         self._buffer: list[tuple[int, str, str]] = []
+        self._buffered_characters = 0
 
     def add(self, caption: Caption) -> None:
         """Take one row.
@@ -61,7 +65,8 @@ class CaptionIndexWriter:
             KeyError: its archive is none of the dataset's.
         """
         self._buffer.append((self._ordinal[caption.archive], caption.key, caption.text))
-        if len(self._buffer) >= BUFFERED_ROWS:
+        self._buffered_characters += len(caption.text)
+        if len(self._buffer) >= BUFFERED_ROWS or self._buffered_characters >= BUFFERED_CHARACTERS:
             self._spill()
 
     def finish(self) -> tuple[int, list[str]]:
@@ -75,7 +80,7 @@ class CaptionIndexWriter:
         kept = 0
         duplicates: list[str] = []
         row_groups: dict[str, int] = {}
-        with pq.ParquetWriter(self._path, _SCHEMA, compression="zstd") as parquet:
+        with pq.ParquetWriter(self._path, _SCHEMA, compression="zstd", write_page_checksum=True) as parquet:
             for number in sorted(self._spills):
                 by_archive: dict[int, dict[str, str]] = {}
                 with pa.OSFile(str(self._spill_path(number))) as file, pa.ipc.open_stream(file) as batches:
@@ -103,6 +108,7 @@ class CaptionIndexWriter:
         for row in self._buffer:
             by_spill.setdefault(row[0] // self._rows_per_spill, []).append(row)
         self._buffer = []
+        self._buffered_characters = 0
         schema = pa.schema([("ordinal", pa.int32()), ("key", pa.string()), ("caption", pa.string())])
         for number, rows in by_spill.items():
             if number not in self._spills:
@@ -132,7 +138,7 @@ def read_captions(path: Path, archive: str) -> dict[str, str]:
         MdAssetsError: the file is missing or damaged.
     """
     try:
-        with pq.ParquetFile(path) as parquet:
+        with pq.ParquetFile(path, page_checksum_verification=True) as parquet:
             row_groups = json.loads(parquet.metadata.metadata[_ROW_GROUPS_KEY])
             if archive not in row_groups:
                 return {}

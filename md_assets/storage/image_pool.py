@@ -59,16 +59,19 @@ class ImagePool:
                 if isinstance(sample, Rejected):
                     waiting.append((sample, None))
                 else:
-                    waiting.append((sample, self._workers().submit(prepare_image, sample.image, settings)))
+                    waiting.append((sample, self._submit(sample, settings, idle=not waiting)))
                     waiting_bytes += len(sample.image)
                 while waiting and (
                     len(waiting) > IMAGES_IN_FLIGHT_PER_WORKER * self.num_workers or waiting_bytes > BYTES_IN_FLIGHT
                 ):
-                    done, future = waiting.popleft()
+                    result = _result(*waiting[0])  # it stays in the queue meanwhile: if a worker dies, it is named
+                    done, _ = waiting.popleft()
                     waiting_bytes -= len(done.image) if isinstance(done, Sample) else 0
-                    yield _result(done, future)
+                    yield result
             while waiting:
-                yield _result(*waiting.popleft())
+                result = _result(*waiting[0])
+                waiting.popleft()
+                yield result
         except BrokenProcessPool as error:
             self._executor = None  # the next archive gets new processes
             keys = [sample.key for sample, future in waiting if future is not None]
@@ -80,6 +83,15 @@ class ImagePool:
             for _, future in waiting:
                 if future is not None:
                     future.cancel()
+
+    def _submit(self, sample: Sample, settings: ImageSettings, idle: bool) -> Future[StoredImage | str]:
+        try:
+            return self._workers().submit(prepare_image, sample.image, settings)
+        except BrokenProcessPool:
+            if not idle:
+                raise
+            self._executor = None  # a worker died while it had nothing to do: no sample is to blame
+            return self._workers().submit(prepare_image, sample.image, settings)
 
     def _workers(self) -> ProcessPoolExecutor:
         if self._executor is None:
@@ -116,4 +128,7 @@ def _start_worker() -> None:
     A worker waits for work on a queue of which it holds both ends, so it would outlive a killed parent for ever.
     """
     die_with_parent()
+    parent = multiprocessing.parent_process()
+    if parent is None or not parent.is_alive():  # killed before the kernel knew that we depend on it
+        os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle

@@ -37,6 +37,13 @@ _UPRIGHT: Mapping[int, Image.Transpose] = {
 
 _SWAP_EDGES = tuple(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
 
+_REDUCING_GAP = 2
+"""How many times the target a DCT-reduced picture must at least measure. Reduced all the way, the picture is not the
+bicubic one any more: on a photograph-like spectrum that costs 0.4 to 2 dB of PSNR, at a gap of 2 less than 0.1."""
+
+_JPEG_MAX_EDGE = 65_500
+"""JPEG_MAX_DIMENSION of libjpeg's jmorecfg.h, in px."""
+
 _VERIFY_SCALE = 8
 """libjpeg's coarsest DCT scale. It reads every entropy-coded byte, so it finds a truncation like a full decode."""
 
@@ -106,23 +113,24 @@ def _prepare(data: bytes, settings: ImageSettings) -> StoredImage | str:
             return Reason.TOO_LARGE
         if min(width, height) < settings.min_image_size:
             return Reason.TOO_SMALL
-        operation = _UPRIGHT.get(_orientation(image))
         target = stored_size(width, height, settings.max_image_size)
+        if max(target) > _JPEG_MAX_EDGE:
+            return Reason.TOO_LARGE
         source_format = image.format or ""
-        original = target == image.size and operation is None and _is_plain_jpeg(image)
-        if original:
-            image.draft(image.mode, (width // _VERIFY_SCALE, height // _VERIFY_SCALE))
+        if target == image.size and _is_plain_jpeg(image):
+            image.draft(image.mode, (max(width // _VERIFY_SCALE, 1), max(height // _VERIFY_SCALE, 1)))
             image.load()
-            jpeg, picture_size = data, target
-        else:
-            picture = _converted(image, target)
-            if operation is not None:
-                picture = picture.transpose(operation)
-            encoded = io.BytesIO()
-            picture.save(encoded, "JPEG", quality=settings.jpeg_quality)
-            jpeg, picture_size = encoded.getvalue(), picture.size
+            return StoredImage(data, width, height, width, height, source_format, original=True)
+        picture = _converted(image, target)
+        # Asked for after loading: Pillow turns a TIFF while it loads it, and finds a PNG's Exif block behind the pixels.
+        operation = _UPRIGHT.get(_orientation(image))
+    if operation is not None:
+        picture = picture.transpose(operation)
+    picture.info = {}  # Pillow would write upstream's comment into the JPEG, and fail on a long one
+    encoded = io.BytesIO()
+    picture.save(encoded, "JPEG", quality=settings.jpeg_quality)
     source = (height, width) if operation in _SWAP_EDGES else (width, height)
-    return StoredImage(jpeg, *picture_size, *source, source_format, original)
+    return StoredImage(encoded.getvalue(), *picture.size, *source, source_format, original=False)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -133,13 +141,18 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _is_plain_jpeg(image: Image.Image) -> bool:
-    return image.format == "JPEG" and image.mode in ("RGB", "L") and _to_srgb(image) is None
+    return (
+        image.format == "JPEG"
+        and image.mode in ("RGB", "L")
+        and _UPRIGHT.get(_orientation(image)) is None
+        and _to_srgb(image) is None
+    )
 
 
 def _converted(image: Image.Image, target: tuple[int, int]) -> Image.Image:
     """8-bit sRGB pixels at `target` size (width, height in px), not yet turned upright."""
-    # Decoding at a reduced DCT scale that is still at least the target: most of the resize for free.
-    image.draft(image.mode, target)
+    # Decoding at a reduced DCT scale: a good part of the resize for free.
+    image.draft(image.mode, (target[0] * _REDUCING_GAP, target[1] * _REDUCING_GAP))
     image.load()
     to_srgb = _to_srgb(image)
     picture = _eight_bit(image)
@@ -161,7 +174,11 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     """16-bit grey scaled to 8 bits; Pillow's own conversion clips it to white instead."""
     if image.mode.startswith("I"):
         levels = np.asarray(image).astype(np.float32)
-        return Image.fromarray((levels / 257.0 + 0.5).clip(0, 255).astype(np.uint8))
+        if "transparency" in image.info:
+            levels[levels == image.info["transparency"]] = 65535  # what is transparent lies on white
+        levels /= 257
+        levels += 0.5
+        return Image.fromarray(levels.clip(0, 255, out=levels).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined white")
     return image
@@ -183,7 +200,8 @@ def _to_srgb(image: Image.Image) -> ToSrgb | None:
 def _conversion(profile: bytes) -> ToSrgb | None:
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "sRGB" in ImageCms.getProfileDescription(source):
+        description = ImageCms.getProfileDescription(source)
+        if "sRGB" in description and "linear" not in description.lower():
             return None
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return None  # a broken profile: viewers take the pixels for sRGB, and so do we

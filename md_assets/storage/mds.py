@@ -100,7 +100,7 @@ def read_index(directory: Path) -> tuple[Shard, ...]:
         if index["version"] != INDEX_VERSION:
             raise ValueError(f"version {index['version']} instead of {INDEX_VERSION}")
         return tuple(_shard(directory, entry) for entry in index["shards"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ShardError(f"{path} is no index of MDS shards: {error}", "Materialize the archive again.") from error
 
 
@@ -137,12 +137,13 @@ class ShardReader:
                 f"{shard.path} has {len(self._map)} bytes, its index says {shard.bytes}",
                 "Materialize the archive again.",
             )
-        (rows,) = struct.unpack_from("<I", self._map)
-        if rows != shard.rows:
-            raise ShardError(
-                f"{shard.path} has {rows} rows, its index says {shard.rows}", "Materialize the archive again."
-            )
-        self._offsets = struct.unpack_from(f"<{rows + 1}I", self._map, 4)
+        try:
+            (rows,) = struct.unpack_from("<I", self._map)
+            if rows != shard.rows:
+                raise ValueError(f"it has {rows} rows, its index says {shard.rows}")
+            self._offsets = struct.unpack_from(f"<{rows + 1}I", self._map, 4)
+        except (struct.error, ValueError) as error:
+            raise ShardError(f"{shard.path} is damaged: {error}", "Materialize the archive again.") from error
 
     def __len__(self) -> int:
         return self.shard.rows
@@ -167,7 +168,10 @@ class ShardReader:
                     cursor += 4
             values: dict[str, Any] = {}
             for (name, encoding, _), size in zip(self.shard.columns, sizes, strict=True):
-                values[name] = _decoded(encoding, self._map[cursor : cursor + size])
+                data = self._map[cursor : cursor + size]
+                if len(data) != size:
+                    raise ValueError(f"column {name} goes on behind the end of the file")
+                values[name] = _decoded(encoding, data)
                 cursor += size
         except (struct.error, ValueError) as error:
             raise ShardError(f"{self.shard.path} row {row} is damaged: {error}", "Materialize it again.") from error

@@ -145,7 +145,9 @@ def publish(stage_dir: StageDir, made: Path, ledger: Ledger) -> Ledger:
         if final.exists():
             # A directory cannot be renamed onto a full one: the old one moves into the workspace and
             # goes with it.
-            final.rename(made.with_name("replaced"))
+            replaced = made.with_name("replaced")
+            shutil.rmtree(replaced, ignore_errors=True)  # of a run that was killed right after this
+            final.rename(replaced)
         made.rename(final)
     else:
         made.replace(final)
@@ -176,7 +178,7 @@ def read_ledger(path: Path) -> Ledger | None:
         MdAssetsError: the file is no ledger or was edited.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8", "replace")  # what is no text is then no ledger either
     except FileNotFoundError:
         return None
     return Ledger.from_json(text, str(path))

@@ -11,6 +11,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -108,9 +109,11 @@ class RawTarWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self._tar.close()
-        self._file.close()
+        try:
+            with suppress(*() if kind is None else (OSError,)):
+                self._tar.close()  # after an error too, or tarfile would do it later, with the file closed
+        finally:
+            self._file.close()
 
 
 def iter_raw_tar(path: Path, expected: OutputFile) -> Iterator[RawSample]:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +26,10 @@ from md_assets.storage.mds import iter_rows
 
 COUNTS = {f"train/{i:03}": 6 + i for i in range(6)}
 
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
-LAUNCH += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+WORKER = "md_assets.orchestration.latents_worker"
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+LAUNCH += ["--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]
+LAUNCH += ["--num_cpu_threads_per_process", "1", "--module", WORKER]
 
 
 @pytest.fixture
@@ -104,8 +106,7 @@ def test_two_processes_share_the_work_and_report_through_pipes(plan: LatentsPlan
         json.dumps({**dict.fromkeys(fields), "run_id": "r", "job_name": "j", "retry_number": 0, "extras": {}})
     )
     done = subprocess.run(
-        [*LAUNCH, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-        + ["--module", "md_assets.orchestration.latents_worker", *arguments(plan, events_dir)],
+        [*LAUNCH, *arguments(plan, events_dir)],
         env={
             **os.environ,
             "DAGSTER_PIPES_CONTEXT": dagster_pipes.encode_param({"path": str(context)}),
@@ -135,17 +136,12 @@ def test_two_processes_share_the_work_and_report_through_pipes(plan: LatentsPlan
                 assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(b)
 
 
-def descendants(pid: int) -> list[int]:
-    children = [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return [*children, *(grandchild for child in children for grandchild in descendants(child))]
-
-
 def running(pid: int) -> bool:
     status = Path(f"/proc/{pid}/status")
-    return status.exists() and "\nState:\tZ" not in status.read_text()
+    return status.exists() and "State:\tZ" not in status.read_text()
 
 
-def wait_for(condition, timeout_s: float) -> None:
+def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end
@@ -153,31 +149,59 @@ def wait_for(condition, timeout_s: float) -> None:
 
 
 @pytest.mark.slow
-def test_killed_with_its_launcher_it_leaves_nothing_half(plan: LatentsPlan, events_dir: Path) -> None:
-    big = replace(plan, encoders=replace(plan.encoders, image_resolutions=(256, 512)))  # slow enough to be caught
-    launcher = subprocess.Popen(
-        [*LAUNCH, "--num_processes", "1", "--module", "md_assets.orchestration.latents_worker"]
-        + arguments(big, events_dir)
-    )
+def test_killed_it_leaves_nothing_half(plan: LatentsPlan, events_dir: Path) -> None:
+    big = replace(plan, encoders=replace(plan.encoders, image_resolutions=(512,)))  # slow enough to be caught
+    process = subprocess.Popen([sys.executable, "-m", WORKER, *arguments(big, events_dir)])
     try:
         wait_for(lambda: any(e["event"] == "published" for e in events_of(events_dir)), 120)
-        processes = descendants(launcher.pid)
-        assert len(processes) >= 2  # the process that encodes, and its worker
+        workers = [int(c) for c in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        assert workers
     finally:
-        launcher.kill()
-        launcher.wait()
-    wait_for(lambda: not any(map(running, processes)), 20)
-    assert not any(e["event"] == "done" for e in events_of(events_dir))
+        process.kill()
+        process.wait()
     ledgers = {archive: big.latents_dir.ledger(archive).exists() for archive in COUNTS}
-    data = {archive: big.latents_dir.data(archive).exists() for archive in COUNTS}
-    assert ledgers == data
+    assert {archive: big.latents_dir.data(archive).exists() for archive in COUNTS} == ledgers
     assert set(ledgers.values()) == {True, False}
 
     events: list[dict[str, Any]] = []
-    encode_archives(big, events.append)
+    encode_archives(big, events.append)  # at once: its orphaned workers, which end by themselves, lock nothing
+    assert {e["event"] for e in events} <= {"published", "passed_over", "progress"}
     assert {e["archive"]: e["event"] == "passed_over" for e in events if e["event"] != "progress"} == ledgers
     assert all(big.current(archive) for archive in COUNTS)
     assert [p.name for p in big.latents_dir.path.rglob(".*")] == []
+    wait_for(lambda: not any(map(running, workers)), 20)
+
+
+def test_it_ends_with_its_launcher() -> None:
+    """`accelerate` does not tell the process that it started when it is terminated itself."""
+    child = f"import os, {WORKER} as w; print(os.getpid(), flush=True); w._end_with_launcher(os.getppid())"
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    with subprocess.Popen([sys.executable, "-c", launcher], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        time.sleep(2 * latents_worker.POLL_INTERVAL_S)
+        assert running(pid)
+        process.kill()
+    wait_for(lambda: not running(pid), 10)
+
+
+def test_terminated_it_sends_its_last_events_and_ends(tmp_path: Path) -> None:
+    code = f"""
+import json, pathlib, signal, time
+import {WORKER} as w
+w.POLL_INTERVAL_S = 60
+with w.Forwarder("jdb", pathlib.Path({str(tmp_path)!r}), 1, lambda e: print(json.dumps(e), flush=True), print) as f:
+    signal.signal(signal.SIGTERM, w._Terminator(f))
+    w.EventLog(pathlib.Path({str(tmp_path)!r}), 0).append({{"event": "published", "archive": "a"}})
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.terminate()
+        assert json.loads(process.stdout.read()) == {"event": "published", "archive": "a"}
+    assert process.returncode == 128 + signal.SIGTERM
 
 
 def test_each_archive_is_dealt_once(tmp_path: Path) -> None:
@@ -246,5 +270,5 @@ def test_progress_for_people(done: int, total: int, rate: float, line: str) -> N
 
 
 def test_it_imports_neither_dagster_nor_torch_by_itself() -> None:
-    code = "import sys, md_assets.orchestration.latents_worker as w; print([m for m in ('dagster', 'torch') if m in sys.modules])"
+    code = f"import sys, {WORKER}; print([m for m in ('dagster', 'torch') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

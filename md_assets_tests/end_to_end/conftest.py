@@ -1,0 +1,111 @@
+"""Real commands on a sandbox: `dagster` and `md-assets` as users start them, in processes of their own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from md_assets.core.paths import DATA_ROOT_VARIABLE
+from md_assets.demo.loopback_hub import LoopbackHub
+from md_assets.demo.walkthrough import Sandbox
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SAMPLES, SIZE_PX = 12, 320
+
+
+@dataclass
+class Commands:
+    """Starts commands in a sandbox's environment and ends those that are still running when the test is over."""
+
+    sandbox: Sandbox
+    hub: LoopbackHub
+    started: list["subprocess.Popen[str]"] = field(default_factory=list)
+
+    def environment(self, data_root: Path | None = None) -> dict[str, str]:
+        environment = {**os.environ, **self.sandbox.environment(self.hub.endpoint), "PYTHONPATH": str(REPOSITORY)}
+        environment.pop("HF_TOKEN", None)
+        if data_root is not None:
+            environment[DATA_ROOT_VARIABLE] = str(data_root)
+        return environment
+
+    def start(self, *command: str, data_root: Path | None = None) -> "subprocess.Popen[str]":
+        """A command in a process group of its own; its output is in `read_output`."""
+        output = (self.sandbox.path / f"output-{len(self.started)}.txt").open("w+")
+        process = subprocess.Popen(
+            command,
+            env=self.environment(data_root),
+            cwd=self.sandbox.path,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            text=True,
+        )
+        process.stdout = output
+        self.started.append(process)
+        return process
+
+    def materialize(self, asset: str, partition: str, data_root: Path | None = None) -> "subprocess.Popen[str]":
+        """`dagster asset materialize` of one partition, with tiny resolutions for latents."""
+        command = [sys.executable, "-m", "dagster", "asset", "materialize", "-m", "md_assets.definitions"]
+        return self.start(*command, "--select", f'key:"{asset}"', "--partition", partition, data_root=data_root)
+
+    def finish(self, process: "subprocess.Popen[str]", timeout_s: float = 240) -> str:
+        """The command's output, once it has ended without an error."""
+        code = process.wait(timeout_s)
+        output = read_output(process)
+        assert code == 0, output
+        return output
+
+
+def read_output(process: "subprocess.Popen[str]") -> str:
+    assert process.stdout is not None
+    process.stdout.seek(0)
+    return process.stdout.read()
+
+
+def kill_group(process: "subprocess.Popen[str]") -> None:
+    """kill -9 of a process and everything it started."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float, pause_s: float = 0.001) -> bool:
+    """Whether `condition` came true in time."""
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(pause_s)
+    return False
+
+
+@pytest.fixture(scope="session")
+def prepared_sandbox(tmp_path_factory: pytest.TempPathFactory) -> Sandbox:
+    sandbox = Sandbox(tmp_path_factory.mktemp("end_to_end"))
+    sandbox.prepare(SAMPLES, SIZE_PX)
+    return sandbox
+
+
+@pytest.fixture
+def commands(prepared_sandbox: Sandbox, tmp_path: Path) -> Iterator[Commands]:
+    """Sources and encoders are shared; data root and Dagster's records are the test's own."""
+    sandbox = Sandbox(tmp_path / "sandbox")
+    sandbox.path.mkdir()
+    for shared in ("models", "hub"):
+        (sandbox.path / shared).symlink_to(prepared_sandbox.path / shared)
+    sandbox.prepare(SAMPLES, SIZE_PX)
+    with LoopbackHub(sandbox.hub_root) as hub:
+        commands = Commands(sandbox, hub)
+        yield commands
+        for process in commands.started:
+            if process.poll() is None:
+                kill_group(process)
+            assert process.stdout is not None
+            process.stdout.close()

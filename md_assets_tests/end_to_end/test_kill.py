@@ -1,0 +1,121 @@
+"""kill -9 of a whole run in the middle of each stage, then the same command again."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from md_assets.core.ledger import Ledger
+from md_assets.core.paths import DataRoot, StageDir
+from md_assets.stages.once import published
+from md_assets.storage.mds import iter_rows
+from md_assets_tests.end_to_end.conftest import Commands, kill_group, read_output, wait_for
+
+pytestmark = pytest.mark.slow
+
+ARCHIVE = "train/000"
+ATTEMPTS = 5
+"""How often a kill that came too late is tried again."""
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """Hash of every data file below a directory; ledgers are left out, they tell the time that the work took."""
+    files = [p for p in directory.rglob("*") if p.is_file() and (p.suffix != ".json" or p.name == "index.json")]
+    return {str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def temporaries(directory: Path) -> list[Path]:
+    return [p for p in directory.rglob("*") if p.name.startswith(".") or p.suffix in (".new", ".part", ".tmp")]
+
+
+def kill_in_the_middle(commands: Commands, asset: str, stage_dir: StageDir, begun: Callable[[Path], bool]) -> None:
+    """Start the asset and kill everything once `begun` says so of the archive's workspace."""
+    workspace = stage_dir.ledger(ARCHIVE).parent / ".000.tmp"
+    for _ in range(ATTEMPTS):
+        process = commands.materialize(asset, ARCHIVE)
+        came = wait_for(lambda: begun(workspace) or process.poll() is not None, 200, pause_s=0.0002)
+        kill_group(process)
+        assert came, read_output(process)
+        if published(stage_dir, ARCHIVE) is None:
+            assert workspace.exists(), read_output(process)
+            return
+        stage_dir.ledger(ARCHIVE).unlink()  # it was done before the signal came
+    raise AssertionError(f"{asset} could not be killed in the middle")
+
+
+def again(commands: Commands, asset: str, stage_dir: StageDir) -> Ledger:
+    commands.finish(commands.materialize(asset, ARCHIVE))
+    ledger = published(stage_dir, ARCHIVE)
+    assert ledger is not None and ledger.balances
+    assert temporaries(stage_dir.path) == []
+    return ledger
+
+
+@pytest.fixture
+def undisturbed(commands: Commands, tmp_path: Path) -> Callable[[str], DataRoot]:
+    """A function that materializes assets of the archive elsewhere, without disturbance."""
+    root = DataRoot(tmp_path / "undisturbed")
+
+    def run(*assets: str) -> DataRoot:
+        for asset in assets:
+            commands.finish(commands.materialize(asset, ARCHIVE, data_root=root.path))
+        return root
+
+    return run
+
+
+def test_raw_killed_while_it_fetches_and_while_it_writes(commands: Commands, undisturbed) -> None:
+    raw = commands.sandbox.data.raw("jdb")
+    commands.hub.faults.throttle("*/train/imgs/000.tgz", bytes_per_s=50_000)
+    kill_in_the_middle(commands, "jdb/raw", raw, lambda w: any(p.stat().st_size > 1000 for p in w.glob("*.part")))
+    commands.hub.faults.clear()
+    kill_in_the_middle(commands, "jdb/raw", raw, lambda w: (w / "out" / "000.tar").exists())
+
+    ledger = again(commands, "jdb/raw", raw)
+
+    assert ledger.read == 12
+    assert digests(raw.path) == digests(undisturbed("jdb/raw").raw("jdb").path)
+
+
+def test_mds_killed_while_it_writes(commands: Commands, undisturbed) -> None:
+    data = commands.sandbox.data
+    commands.finish(commands.start(*annotations()))
+    commands.finish(commands.materialize("jdb/raw", ARCHIVE))
+    mds = data.mds("jdb")
+    kill_in_the_middle(commands, "jdb/mds", mds, lambda w: any((w / "shards").glob("*.mds")))
+
+    ledger = again(commands, "jdb/mds", mds)
+
+    keys = [row["key"] for row in iter_rows(mds.data(ARCHIVE))]
+    assert len(keys) == len(set(keys)) == ledger.kept
+    root = DataRoot(commands.sandbox.path.parent / "undisturbed")
+    commands.finish(commands.start(*annotations(), data_root=root.path))
+    undisturbed("jdb/raw", "jdb/mds")
+    assert digests(mds.path) == digests(root.mds("jdb").path)
+
+
+def test_latents_killed_while_they_are_encoded(commands: Commands) -> None:
+    data = commands.sandbox.data
+    commands.finish(commands.start(*annotations()))
+    commands.finish(commands.materialize("jdb/raw", ARCHIVE))
+    commands.finish(commands.materialize("jdb/mds", ARCHIVE))
+    latents = data.latents("jdb", "sdxl1_dfnclipH14")
+    kill_in_the_middle(commands, "jdb/latents", latents, lambda w: (w / "shards").exists())
+
+    ledger = again(commands, "jdb/latents", latents)
+
+    rows = list(iter_rows(latents.data(ARCHIVE)))
+    assert [row["key"] for row in rows] == [row["key"] for row in iter_rows(data.mds("jdb").data(ARCHIVE))]
+    assert len(rows) == ledger.kept
+    assert all(np.isfinite(np.frombuffer(row["latents_256"], np.float16)).all() for row in rows)
+
+
+def annotations() -> list[str]:
+    import sys
+
+    return [
+        sys.executable, "-m", "dagster", "asset", "materialize", "-m", "md_assets.definitions",
+        "--select", 'key:"jdb/annotations"',
+    ]  # fmt: skip

@@ -1,0 +1,128 @@
+"""Ranged runs: each archive stands or falls alone, and what people see of it."""
+
+import dagster as dg
+
+from md_assets.datasets.jdb import SPEC
+from md_assets.demo.journeydb import REJECTED_BY_RAW, miniature_archive, write_tgz
+from md_assets.demo.walkthrough import failure_of
+from md_assets_tests.orchestration.conftest import SAMPLES, SIZE_PX, Platform
+
+
+def events(platform: Platform, result: dg.ExecuteInProcessResult, kind: dg.DagsterEventType) -> list[dg.DagsterEvent]:
+    logs = platform.instance.all_logs(result.run_id, of_type=kind)
+    return [entry.dagster_event for entry in logs if entry.dagster_event]
+
+
+def test_a_range_is_recorded_archive_by_archive(platform: Platform) -> None:
+    result = platform.run("jdb/raw", "train/000", "train/001")
+
+    assert result.success, failure_of(result)
+    assert platform.materialized("jdb/raw") == {"train/000", "train/001"}
+    recorded = events(platform, result, dg.DagsterEventType.ASSET_MATERIALIZATION)
+    assert [event.partition for event in recorded] == ["train/000", "train/001"]
+    rejected = sum(REJECTED_BY_RAW.values())
+    for event in recorded:
+        metadata = event.step_materialization_data.materialization.metadata
+        assert metadata["read"].value == SAMPLES
+        assert metadata["kept"].value == SAMPLES - rejected
+        assert metadata["rejected"].value == rejected
+        assert "| too_small | 2 |" in metadata["rejected_by_reason"].value
+        assert metadata["images_per_s"].value > 0
+        assert "data:image/jpeg;base64," in metadata["contact_sheet"].value
+        assert len(metadata["contact_sheet"].value) < 16_000
+
+
+def test_checks_are_stored_by_partition(platform: Platform) -> None:
+    platform.up_to("latents", "train/000")
+
+    for asset, checks in {
+        "jdb/raw": {"counts_balance", "tar_intact"},
+        "jdb/mds": {"counts_balance", "shards_intact"},
+        "jdb/latents": {"counts_balance", "shards_intact", "latents_valid"},
+    }.items():
+        evaluations = [
+            entry.dagster_event.asset_check_evaluation_data
+            for run in platform.instance.get_runs()
+            for entry in platform.instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION)
+        ]
+        of_asset = [e for e in evaluations if e.asset_key.to_user_string() == asset]
+        assert {e.check_name for e in of_asset} == checks
+        assert {e.partition for e in of_asset} == {"train/000"}
+        assert all(e.passed for e in of_asset)
+
+
+def test_a_truncated_archive_fails_alone_and_is_all_that_is_done_again(platform: Platform) -> None:
+    broken = platform.sandbox.hub_root / "datasets/JourneyDB/JourneyDB" / SPEC.locate("train/000").path
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2])
+
+    result = platform.run("jdb/raw", "train/000", "train/001")
+
+    assert not result.success
+    message = failure_of(result)
+    assert "1 of 2 archives failed" in message and "jdb train/000" in message and "cut off" in message
+    assert "train/001" not in message
+    assert platform.materialized("jdb/raw") == {"train/001"}
+    assert platform.ledger("raw", "train/000") is None
+    assert sorted(p.name for p in (platform.dir("raw").path / "train").iterdir()) == ["001.json", "001.tar"]
+
+    untouched = platform.dir("raw").data("train/001").stat().st_mtime_ns
+    broken.write_bytes(whole)
+    mended = platform.run("jdb/raw", "train/000", "train/001")
+
+    assert mended.success, failure_of(mended)
+    assert platform.materialized("jdb/raw") == {"train/000", "train/001"}
+    recorded = events(platform, mended, dg.DagsterEventType.ASSET_MATERIALIZATION)
+    passed_over = {e.partition: e.step_materialization_data.materialization.metadata["passed_over"].value for e in recorded}
+    assert passed_over == {"train/000": False, "train/001": True}
+    assert platform.dir("raw").data("train/001").stat().st_mtime_ns == untouched
+
+
+def test_a_failed_upstream_archive_does_not_stop_the_others_downstream(platform: Platform) -> None:
+    platform.up_to("raw", "train/000")
+
+    result = platform.run("jdb/mds", "train/000", "train/001")
+
+    assert not result.success
+    assert "jdb train/001: raw is not published. Materialize jdb/raw of it" in failure_of(result)
+    assert platform.materialized("jdb/mds") == {"train/000"}
+
+
+def test_latents_of_a_range_name_the_archive_without_mds(platform: Platform) -> None:
+    platform.up_to("mds", "train/000")
+
+    result = platform.run("jdb/latents", "train/000", "train/001")
+
+    assert not result.success
+    assert "1 of 2 archives failed. jdb train/001: mds is not published" in failure_of(result)
+    assert platform.materialized("jdb/latents") == {"train/000"}
+    assert platform.ledger("latents", "train/000") is not None
+    assert platform.ledger("latents", "train/001") is None
+
+
+def test_other_settings_make_an_archive_stale_and_do_it_again(platform: Platform) -> None:
+    assert platform.run("jdb/raw", "train/001").success
+    first = platform.ledger("raw", "train/001")
+
+    assert platform.run("jdb/raw", "train/001", images={"max_image_size": 280, "num_workers": 0}).success
+
+    second = platform.ledger("raw", "train/001")
+    assert first is not None and second is not None
+    assert first.fingerprint != second.fingerprint
+    refused = platform.run("jdb/mds", "train/001")
+    assert not refused.success and "annotations" not in failure_of(refused)
+    assert "raw was made with other settings" in failure_of(refused)
+
+
+def test_a_changed_archive_at_the_source_is_fetched_again(platform: Platform) -> None:
+    assert platform.run("jdb/raw", "valid/000").success
+    before = platform.ledger("raw", "valid/000")
+
+    upstream = platform.sandbox.hub_root / "datasets/JourneyDB/JourneyDB" / SPEC.locate("valid/000").path
+    write_tgz(upstream, miniature_archive("valid/000", SAMPLES, SIZE_PX).members[:5])
+    assert platform.run("jdb/raw", "valid/000").success
+
+    after = platform.ledger("raw", "valid/000")
+    assert before is not None and after is not None
+    assert (before.read, after.read) == (SAMPLES, 5)
+    assert before.source["content_id"] != after.source["content_id"]
