@@ -13,15 +13,15 @@ from md_assets.core.paths import Stage
 
 CHECKS_OF_STAGE: Mapping[Stage, Mapping[str, str]] = {
     "raw": {
-        "counts_balance": "Every sample of the upstream archive was kept or rejected with a reason.",
+        "counts_balance": "Every sample of the upstream archive was kept or rejected with a reason; some were kept.",
         "tar_intact": "The published tar has the size and hash of its ledger.",
     },
     "mds": {
-        "counts_balance": "Every sample that raw kept was read here, and kept or rejected with a reason.",
+        "counts_balance": "Every sample that raw kept was kept here or rejected with a reason; some were kept.",
         "shards_intact": "Every shard is there with the size, rows and hash of its index.",
     },
     "latents": {
-        "counts_balance": "Every sample that mds kept was read here and has latents.",
+        "counts_balance": "Every sample that mds kept was read here and has latents; there are some.",
         "shards_intact": "Every shard is there with the size, rows and hash of its index.",
         "latents_valid": "As many rows as promised; a sample of them has the promised shapes and finite values.",
     },

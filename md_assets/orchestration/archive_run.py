@@ -76,9 +76,7 @@ class ArchiveRun:
                 f"{self._name} {ledger.archive}: {ledger.read:,} read, {ledger.kept:,} kept, "
                 f"{ledger.rejected_count:,} rejected in {ledger.seconds:.1f} s"
             )
-        checks = evaluate(
-            self._key, self._stage_dir, self._upstream, ledger.archive, read_all=not outcome.passed_over
-        )
+        checks = evaluate(self._key, self._stage_dir, self._upstream, ledger.archive, read_all=not outcome.passed_over)
         for evaluation in checks:
             self._context.log_event(evaluation)
             if not evaluation.passed:

@@ -25,6 +25,9 @@ from md_assets.storage.child_process import die_with_parent
 
 WORKER_MODULE = "md_assets.orchestration.latents_worker"
 
+ACCELERATE_CONFIG = "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\n"
+"""Given to the launcher so that it does not take the user's own default, which may ask for DeepSpeed or FSDP."""
+
 POLL_S = 0.2
 """Seconds between two looks at the processes and their messages."""
 
@@ -48,7 +51,9 @@ def encode(context: dg.AssetExecutionContext, run: ArchiveRun, plan: LatentsPlan
         plan_path.write_text(plan.to_json(), encoding="utf-8")
         events_dir.mkdir()
         events = _Events(run, plan)
-        command = [*launch_command(num_processes), str(plan_path), str(events_dir)]
+        config_path = Path(folder, "accelerate.yaml")
+        config_path.write_text(ACCELERATE_CONFIG, encoding="utf-8")
+        command = [*launch_command(num_processes, config_path), str(plan_path), str(events_dir)]
         environment = {**os.environ, **session.get_bootstrap_env_vars()}
         with _launched(command, environment) as process:
             while process.poll() is None:
@@ -69,13 +74,20 @@ def encode(context: dg.AssetExecutionContext, run: ArchiveRun, plan: LatentsPlan
         run.fail(error)
 
 
-def launch_command(num_processes: int) -> list[str]:
-    """The command line that starts the encoding processes, to be followed by their arguments."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-    single_machine = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+def launch_command(num_processes: int, config: Path) -> list[str]:
+    """The command line that starts the encoding processes, to be followed by their arguments.
+
+    Args:
+        num_processes: ≥ 1.
+        config: a file with `ACCELERATE_CONFIG`.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     if num_processes > 1:
-        single_machine += ["--multi_gpu", "--main_process_port", "0"]  # torchrun; works on CPUs alike
-    return [*launcher, *single_machine, "--num_processes", str(num_processes), "--module", WORKER_MODULE]
+        command += ["--multi_gpu", "--main_process_port", "0"]  # torchrun, at any free port; works on CPUs alike
+    else:
+        command += ["--quiet"]  # the worker has said what was wrong; the launcher's own traceback adds nothing
+    return [*command, "--num_processes", str(num_processes), "--module", WORKER_MODULE]
 
 
 class _Events:

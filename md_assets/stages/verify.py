@@ -49,7 +49,7 @@ def verify_archive(
 
 
 def counts_balance(stage_dir: StageDir, archive: str, upstream: StageDir | None) -> Verdict:
-    """Every sample read is kept or rejected, and as many were read as upstream kept."""
+    """Every sample read is kept or rejected, not all rejected, and as many were read as upstream kept."""
 
     def check(ledger: Ledger) -> Verdict:
         facts = {"read": ledger.read, "kept": ledger.kept, "rejected": ledger.rejected_count}
@@ -70,7 +70,11 @@ def counts_balance(stage_dir: StageDir, archive: str, upstream: StageDir | None)
                     f"{upstream.stage} kept {kept_upstream}, here {ledger.read} were read",
                     facts,
                 )
-        return Verdict("counts_balance", True, f"{ledger.read} read = {ledger.kept} kept + rest rejected", facts)
+        if ledger.kept == 0:
+            return Verdict("counts_balance", False, f"no sample is kept, of {ledger.read} that were read", facts)
+        return Verdict(
+            "counts_balance", True, f"{ledger.read} read = {ledger.kept} kept + {ledger.rejected_count} rejected", facts
+        )
 
     return _checked("counts_balance", stage_dir, archive, check)
 

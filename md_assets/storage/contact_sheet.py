@@ -15,10 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-COLUMNS = 8
-ROWS = 2
-THUMBNAIL_PX = 88
-"""Edge of a thumbnail: eight of them fill the width of the UI's metadata column, 704 px."""
+COLUMNS = ROWS = 4
+THUMBNAIL_PX = 96
+"""Edge of a thumbnail: four of them fit the UI's dialog (560 px), sixteen leave half a bit for each pixel."""
 
 MAX_URI_BYTES = 14_000
 """The picture lies in the event log, once for each archive and stage, so it stays well under 16 KB."""

@@ -57,6 +57,8 @@ def workspace(ledger_path: Path, *, wait: bool = True, on_wait: Callable[[], Non
     else:
         _remove(path, keep_partial_downloads=False)
     finally:
+        # Not only closed: a child process forked meanwhile may hold a copy of the descriptor, and with it the lock.
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,14 +21,19 @@ SAMPLES, SIZE_PX = 12, 320
 
 @dataclass
 class Commands:
-    """Starts commands in a sandbox's environment and ends those that are still running when the test is over."""
+    """Starts commands in a folder and ends those that are still running when the test is over."""
 
-    sandbox: Sandbox
-    hub: LoopbackHub
+    folder: Path
+    sandbox_environment: Mapping[str, str]
     started: list["subprocess.Popen[str]"] = field(default_factory=list)
 
+    @classmethod
+    def bare(cls, folder: Path) -> "Commands":
+        """Commands in an empty folder, with nothing set for them."""
+        return cls(folder, {})
+
     def environment(self, data_root: Path | None = None) -> dict[str, str]:
-        environment = {**os.environ, **self.sandbox.environment(self.hub.endpoint), "PYTHONPATH": str(REPOSITORY)}
+        environment = {**os.environ, **self.sandbox_environment, "PYTHONPATH": str(REPOSITORY)}
         environment.pop("HF_TOKEN", None)
         if data_root is not None:
             environment[DATA_ROOT_VARIABLE] = str(data_root)
@@ -36,11 +41,11 @@ class Commands:
 
     def start(self, *command: str, data_root: Path | None = None) -> "subprocess.Popen[str]":
         """A command in a process group of its own; its output is in `read_output`."""
-        output = (self.sandbox.path / f"output-{len(self.started)}.txt").open("w+")
+        output = (self.folder / f"output-{len(self.started)}.txt").open("w+")
         process = subprocess.Popen(
             command,
             env=self.environment(data_root),
-            cwd=self.sandbox.path,
+            cwd=self.folder,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -56,12 +61,28 @@ class Commands:
         command = [sys.executable, "-m", "dagster", "asset", "materialize", "-m", "md_assets.definitions"]
         return self.start(*command, "--select", f'key:"{asset}"', "--partition", partition, data_root=data_root)
 
+    def end(self) -> None:
+        """End what is still running."""
+        for process in self.started:
+            if process.poll() is None:
+                kill_group(process)
+            assert process.stdout is not None
+            process.stdout.close()
+
     def finish(self, process: "subprocess.Popen[str]", timeout_s: float = 240) -> str:
         """The command's output, once it has ended without an error."""
         code = process.wait(timeout_s)
         output = read_output(process)
         assert code == 0, output
         return output
+
+
+@dataclass(kw_only=True)
+class SandboxCommands(Commands):
+    """Commands whose Hub, encoders and data are a sandbox's."""
+
+    sandbox: Sandbox
+    hub: LoopbackHub
 
 
 def read_output(process: "subprocess.Popen[str]") -> str:
@@ -94,7 +115,7 @@ def prepared_sandbox(tmp_path_factory: pytest.TempPathFactory) -> Sandbox:
 
 
 @pytest.fixture
-def commands(prepared_sandbox: Sandbox, tmp_path: Path) -> Iterator[Commands]:
+def commands(prepared_sandbox: Sandbox, tmp_path: Path) -> Iterator[SandboxCommands]:
     """Sources and encoders are shared; data root and Dagster's records are the test's own."""
     sandbox = Sandbox(tmp_path / "sandbox")
     sandbox.path.mkdir()
@@ -102,10 +123,6 @@ def commands(prepared_sandbox: Sandbox, tmp_path: Path) -> Iterator[Commands]:
         (sandbox.path / shared).symlink_to(prepared_sandbox.path / shared)
     sandbox.prepare(SAMPLES, SIZE_PX)
     with LoopbackHub(sandbox.hub_root) as hub:
-        commands = Commands(sandbox, hub)
+        commands = SandboxCommands(sandbox.path, sandbox.environment(hub.endpoint), sandbox=sandbox, hub=hub)
         yield commands
-        for process in commands.started:
-            if process.poll() is None:
-                kill_group(process)
-            assert process.stdout is not None
-            process.stdout.close()
+        commands.end()

@@ -4,13 +4,13 @@ import pytest
 
 from md_assets.stages.once import published
 from md_assets.stages.verify import verify_archive
-from md_assets_tests.end_to_end.conftest import Commands, wait_for
+from md_assets_tests.end_to_end.conftest import SandboxCommands, wait_for
 from md_assets_tests.end_to_end.test_kill import ARCHIVE, annotations, temporaries
 
 pytestmark = pytest.mark.slow
 
 
-def test_the_second_run_waits_and_passes_over(commands: Commands) -> None:
+def test_the_second_run_waits_and_passes_over(commands: SandboxCommands) -> None:
     raw = commands.sandbox.data.raw("jdb")
     commands.finish(commands.start(*annotations()))  # two first runs at once break over creating Dagster's own tables
     # Slow enough that the second run comes while the first one fetches.
@@ -26,5 +26,7 @@ def test_the_second_run_waits_and_passes_over(commands: Commands) -> None:
     assert published(raw, ARCHIVE) is not None
     assert all(verdict.passed for verdict in verify_archive(raw, None, ARCHIVE))
     assert temporaries(raw.path) == []
-    fetched = [request for request in commands.hub.history if request.kind == "cdn" and request.name.endswith("imgs/000.tgz")]
+    fetched = [
+        request for request in commands.hub.history if request.kind == "cdn" and request.name.endswith("imgs/000.tgz")
+    ]
     assert len(fetched) == 1

@@ -11,7 +11,7 @@ from md_assets.core.ledger import Ledger
 from md_assets.core.paths import DataRoot, StageDir
 from md_assets.stages.once import published
 from md_assets.storage.mds import iter_rows
-from md_assets_tests.end_to_end.conftest import Commands, kill_group, read_output, wait_for
+from md_assets_tests.end_to_end.conftest import SandboxCommands, kill_group, read_output, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -30,12 +30,15 @@ def temporaries(directory: Path) -> list[Path]:
     return [p for p in directory.rglob("*") if p.name.startswith(".") or p.suffix in (".new", ".part", ".tmp")]
 
 
-def kill_in_the_middle(commands: Commands, asset: str, stage_dir: StageDir, begun: Callable[[Path], bool]) -> None:
+def kill_in_the_middle(
+    commands: SandboxCommands, asset: str, stage_dir: StageDir, begun: Callable[[Path], bool]
+) -> None:
     """Start the asset and kill everything once `begun` says so of the archive's workspace."""
     workspace = stage_dir.ledger(ARCHIVE).parent / ".000.tmp"
     for _ in range(ATTEMPTS):
         process = commands.materialize(asset, ARCHIVE)
-        came = wait_for(lambda: begun(workspace) or process.poll() is not None, 200, pause_s=0.0002)
+        ended = process.poll
+        came = wait_for(lambda: begun(workspace) or ended() is not None, 200, pause_s=0.0002)  # noqa: B023
         kill_group(process)
         assert came, read_output(process)
         if published(stage_dir, ARCHIVE) is None:
@@ -45,7 +48,7 @@ def kill_in_the_middle(commands: Commands, asset: str, stage_dir: StageDir, begu
     raise AssertionError(f"{asset} could not be killed in the middle")
 
 
-def again(commands: Commands, asset: str, stage_dir: StageDir) -> Ledger:
+def again(commands: SandboxCommands, asset: str, stage_dir: StageDir) -> Ledger:
     commands.finish(commands.materialize(asset, ARCHIVE))
     ledger = published(stage_dir, ARCHIVE)
     assert ledger is not None and ledger.balances
@@ -54,7 +57,7 @@ def again(commands: Commands, asset: str, stage_dir: StageDir) -> Ledger:
 
 
 @pytest.fixture
-def undisturbed(commands: Commands, tmp_path: Path) -> Callable[[str], DataRoot]:
+def undisturbed(commands: SandboxCommands, tmp_path: Path) -> Callable[[str], DataRoot]:
     """A function that materializes assets of the archive elsewhere, without disturbance."""
     root = DataRoot(tmp_path / "undisturbed")
 
@@ -66,7 +69,7 @@ def undisturbed(commands: Commands, tmp_path: Path) -> Callable[[str], DataRoot]
     return run
 
 
-def test_raw_killed_while_it_fetches_and_while_it_writes(commands: Commands, undisturbed) -> None:
+def test_raw_killed_while_it_fetches_and_while_it_writes(commands: SandboxCommands, undisturbed) -> None:
     raw = commands.sandbox.data.raw("jdb")
     commands.hub.faults.throttle("*/train/imgs/000.tgz", bytes_per_s=50_000)
     kill_in_the_middle(commands, "jdb/raw", raw, lambda w: any(p.stat().st_size > 1000 for p in w.glob("*.part")))
@@ -79,7 +82,7 @@ def test_raw_killed_while_it_fetches_and_while_it_writes(commands: Commands, und
     assert digests(raw.path) == digests(undisturbed("jdb/raw").raw("jdb").path)
 
 
-def test_mds_killed_while_it_writes(commands: Commands, undisturbed) -> None:
+def test_mds_killed_while_it_writes(commands: SandboxCommands, undisturbed) -> None:
     data = commands.sandbox.data
     commands.finish(commands.start(*annotations()))
     commands.finish(commands.materialize("jdb/raw", ARCHIVE))
@@ -96,7 +99,7 @@ def test_mds_killed_while_it_writes(commands: Commands, undisturbed) -> None:
     assert digests(mds.path) == digests(root.mds("jdb").path)
 
 
-def test_latents_killed_while_they_are_encoded(commands: Commands) -> None:
+def test_latents_killed_while_they_are_encoded(commands: SandboxCommands) -> None:
     data = commands.sandbox.data
     commands.finish(commands.start(*annotations()))
     commands.finish(commands.materialize("jdb/raw", ARCHIVE))

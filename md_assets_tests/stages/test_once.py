@@ -4,6 +4,7 @@ import errno
 import importlib.metadata
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -59,8 +60,12 @@ def failing(error: BaseException) -> Callable[[Path], Made]:
 
 
 def test_done_once_then_passed_over(stage_dir: StageDir) -> None:
-    first = run(stage_dir)
-    assert not first.passed_over and first.ledger.seconds > 0
+    def slow(own: Path) -> Made:
+        time.sleep(0.01)
+        return make()(own)
+
+    first = run(stage_dir, slow)
+    assert not first.passed_over and first.ledger.seconds >= 0.01
     assert stage_dir.data("train/000").read_bytes() == b"data"
     again = run(stage_dir, not_again)
     assert again == Outcome(first.ledger, passed_over=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import random
 import resource
 import subprocess
 import sys
@@ -100,7 +101,7 @@ def test_a_format_that_is_not_read_yet_is_said_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize("data", [TAR, TGZ], ids=["tar", "tgz"])
 def test_cut_anywhere_it_fails_or_has_every_member(tmp_path: Path, data: bytes) -> None:
     """A tar cut inside the padding behind its end mark has lost nothing."""
-    for size in range(len(data)):
+    for size in range(min(len(data), len(TAR.rstrip(b"\0")) + 1100)):
         try:
             members = members_of(tmp_path, data[:size])
         except CorruptArchiveError as error:
@@ -109,12 +110,14 @@ def test_cut_anywhere_it_fails_or_has_every_member(tmp_path: Path, data: bytes) 
             assert data is TAR and members == MEMBERS, size
 
 
-@pytest.mark.parametrize("data", [TAR, TGZ], ids=["tar", "tgz"])
-def test_a_member_that_came_before_the_cut_does_not_hide_it(tmp_path: Path, data: bytes) -> None:
+@pytest.mark.parametrize("compressed", [False, True])
+def test_members_that_came_before_the_cut_do_not_hide_it(tmp_path: Path, compressed: bool) -> None:
+    noise = random.Random(1).randbytes(900_000)
+    data = tar_of(*(entry(f"{i}.jpg", noise) for i in range(5)))
     path = tmp_path / "archive.tgz"
-    path.write_bytes(data[: len(TAR[:1200]) if data is TAR else len(data) - 4])
+    path.write_bytes(gzip.compress(data, 1)[:-1] if compressed else data[:-11_000])
     members = iter_members(path, "tar", LIMIT_BYTES)
-    assert next(members) == MEMBERS[0]
+    assert next(members) == Member("0.jpg", noise)
     with pytest.raises(CorruptArchiveError, match=r"^archive\.tgz is .*\. Run the archive again"):
         list(members)
 
@@ -133,9 +136,7 @@ def test_one_flipped_byte_of_a_tgz_is_always_found_or_harmless(tmp_path: Path) -
 HEADER_BYTES = list(range(512)) + list(range(1536, 2048))
 
 
-@given(
-    st.lists(st.tuples(st.sampled_from(HEADER_BYTES), st.integers(0, 255)), min_size=1, max_size=12), st.booleans()
-)
+@given(st.lists(st.tuples(st.sampled_from(HEADER_BYTES), st.integers(0, 255)), min_size=1, max_size=12), st.booleans())
 @settings(max_examples=400, deadline=2000)
 def test_a_header_of_anything_gives_members_or_one_clear_error(
     tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, int]], checksum_fits: bool
@@ -199,9 +200,6 @@ def test_anything_else_behind_the_end_is_not(tmp_path: Path, tail: bytes) -> Non
 
 def test_a_hole_does_not_end_an_archive(tmp_path: Path) -> None:
     """A block of zeros is the end mark; where a file has a hole, members would be missing."""
-    for start in range(0, 3 * 512, 512):
-        holed = TAR[: 1536 + start] + bytes(512) + TAR[1536 + start + 512 :]
-        assert holed == TAR or b"b" * 512 in holed or start == 512
     assert refusal_of(tmp_path, TAR[:1536] + bytes(512) + TAR[2048:]).reason == "corrupt"
 
 
@@ -255,13 +253,13 @@ def test_a_larger_member_is_refused_unread_and_the_next_one_is_right(tmp_path: P
 
 @pytest.mark.slow
 def test_memory_holds_one_member_however_large_the_refused_ones_and_many_the_others(tmp_path: Path) -> None:
-    """2 GiB of zeros in a tgz of 2 MB, then 100,000 small files."""
+    """512 MiB of zeros in a tgz of 2 MB, then 30,000 small files."""
     path = tmp_path / "a.tgz"
     with gzip.open(path, "wb", compresslevel=1) as file, tarfile.open(fileobj=file, mode="w|") as tar:
         info = tarfile.TarInfo("big.jpg")
-        info.size = 2**31
+        info.size = 2**29
         tar.addfile(info, Zeros())
-        for number in range(100_000):
+        for number in range(30_000):
             tar.addfile(tarfile.TarInfo(f"{number}.jpg"))
     code = f"""
 import pathlib, resource
@@ -271,7 +269,7 @@ print(names, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     count, peak_mib = map(int, done.stdout.split())
-    assert count == 100_001 and peak_mib < 120
+    assert count == 30_001 and peak_mib < 120
 
 
 class Zeros(io.RawIOBase):
@@ -282,7 +280,9 @@ class Zeros(io.RawIOBase):
 # One file in a tar
 
 
-def single(tmp_path: Path, data: bytes, read: Callable[[io.BufferedIOBase], object] = lambda file: file.read()) -> object:
+def single(
+    tmp_path: Path, data: bytes, read: Callable[[io.BufferedIOBase], object] = lambda file: file.read()
+) -> object:
     path = tmp_path / "rows.jsonl.tgz"
     path.write_bytes(data)
     with open_single_file(path) as file:
@@ -326,3 +326,73 @@ def test_an_error_of_the_reader_stays_its_own(tmp_path: Path) -> None:
 
 def test_the_limit_on_an_archives_length_is_far_above_any_source() -> None:
     assert archives._MAX_TAR_BYTES > 50 * 11e9
+
+
+# Members that are no plain files, names that lead elsewhere
+
+
+@pytest.mark.parametrize(
+    ("type", "fields"),
+    [
+        (tarfile.SYMTYPE, {"linkname": "/etc/passwd"}),
+        (tarfile.LNKTYPE, {"linkname": "000/a.jpg"}),
+        (tarfile.FIFOTYPE, {}),
+        (tarfile.CHRTYPE, {"devmajor": 1, "devminor": 5}),
+        (tarfile.BLKTYPE, {}),
+        (b"Z", {}),
+    ],
+    ids=["symlink", "hard-link", "fifo", "character-device", "block-device", "unknown"],
+)
+def test_what_is_no_file_is_refused_by_name_and_the_rest_is_read(
+    tmp_path: Path, type: bytes, fields: dict[str, object]
+) -> None:
+    data = tar_of(entry("000/a.jpg", b"1"), entry("000/odd.jpg", type=type, **fields), entry("000/b.jpg", b"2"))
+    assert members_of(tmp_path, data) == [
+        Member("000/a.jpg", b"1"),
+        Member("000/odd.jpg", b"", Reason.UNSAFE_MEMBER),
+        Member("000/b.jpg", b"2"),
+    ]
+
+
+NAMES = {
+    "../evil.jpg": "%2E%2E/evil.jpg",
+    "000/../../evil.jpg": "000/%2E%2E/%2E%2E/evil.jpg",
+    "/000/a.jpg": "%2F000/a.jpg",
+    "/../x": "%2F%2E%2E/x",
+    "000/a.jpg": "000/a.jpg",
+    "000/line\nend.jpg": "000/line%0Aend.jpg",
+    "000/\udcff\udcfe.jpg": "000/%FF%FE.jpg",
+    "000/a..b.jpg": "000/a..b.jpg",
+    "000/%2E%2E.jpg": "000/%252E%252E.jpg",
+}
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_no_name_leads_outside_and_all_stay_apart(tmp_path: Path, format: int) -> None:
+    data = tar_of(*(entry(name, b"1") for name in NAMES), format=format)
+    members = members_of(tmp_path, data)
+    assert [member.name for member in members] == list(NAMES.values())
+    assert {m.name for m in members if m.refused} == {
+        s for n, s in NAMES.items() if ".." in n.split("/") or n[0] == "/"
+    }
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["archive.tgz"]
+
+
+def test_nothing_is_written_whatever_an_archive_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    link = entry("out", type=tarfile.SYMTYPE, linkname="..")
+    assert len(members_of(tmp_path, tar_of(link, entry("out/evil.jpg", b"1"), entry("000/a.jpg", b"1")))) == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["archive.tgz"]
+
+
+def test_a_sparse_file_is_read_with_its_holes_and_judged_by_its_full_size(tmp_path: Path) -> None:
+    """As GNU tar writes it with --sparse: the map in the header, then the pieces that are no holes."""
+    header = bytearray(tar_of(entry("sparse.jpg", b"x" * 512))[:512])
+    header[156:157] = tarfile.GNUTYPE_SPARSE
+    header[386:410] = b"%011o\0%011o\0" % (4096, 512)
+    header[483:495] = b"%011o\0" % 8192
+    fit_checksum(header)
+    data = bytes(header) + b"x" * 512 + TAR
+    holed = bytes(4096) + b"x" * 512 + bytes(8192 - 4096 - 512)
+    assert members_of(tmp_path, data) == [Member("sparse.jpg", holed), *MEMBERS]
+    assert members_of(tmp_path, data, 8000)[0] == Member("sparse.jpg", b"", Reason.TOO_LARGE)
