@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -17,7 +18,6 @@ from types import TracebackType
 from md_assets.core.errors import MdAssetsError
 from md_assets.core.settings import ImageSettings
 from md_assets.core.spec import Rejected, Sample
-from md_assets.storage.child_process import die_with_parent
 from md_assets.storage.images import StoredImage, prepare_image
 
 Prepared = tuple[Sample, StoredImage] | Rejected
@@ -123,12 +123,17 @@ def _result(sample: Sample | Rejected, future: Future[StoredImage | str] | None)
 
 
 def _start_worker() -> None:
-    """Make this worker end when the fork server ends, which ends with the parent.
+    """Make this worker end when the parent does, however that ends.
 
-    A worker waits for work on a queue of which it holds both ends, so it would outlive a killed parent for ever.
+    A worker waits for work on a queue of which it holds both ends, so it would outlive a killed parent for ever. Nor
+    does the fork server end: it lives as long as anyone whom it could serve, and its workers are among them.
     """
-    die_with_parent()
-    parent = multiprocessing.parent_process()
-    if parent is None or not parent.is_alive():  # killed before the kernel knew that we depend on it
-        os._exit(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+    parent.join()
+    os._exit(1)

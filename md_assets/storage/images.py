@@ -122,7 +122,7 @@ def _prepare(data: bytes, settings: ImageSettings) -> StoredImage | str:
             image.load()
             return StoredImage(data, width, height, width, height, source_format, original=True)
         picture = _converted(image, target)
-        # Asked for after loading: Pillow turns a TIFF while it loads it, and finds a PNG's Exif block behind the pixels.
+        # Asked for after loading: Pillow turns a TIFF while it loads it, and finds a PNG's Exif behind the pixels.
         operation = _UPRIGHT.get(_orientation(image))
     if operation is not None:
         picture = picture.transpose(operation)

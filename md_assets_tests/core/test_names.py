@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from md_assets.core.names import IMAGE_SUFFIXES, safe_name, sample_key
+from md_assets.core.names import IMAGE_SUFFIXES, refused_name, safe_name, sample_key
 from md_assets.core.paths import checked_archive_id
 
 # As tarfile gives them: any bytes, decoded with surrogateescape; and short ones of the dangerous characters.
@@ -61,6 +61,36 @@ def test_a_name_that_leads_outside_or_nowhere_is_none(name: str) -> None:
 )
 def test_only_what_could_harm_is_spelled_otherwise(name: str, expected: str) -> None:
     assert safe_name(name) == expected
+
+
+@given(MEMBER_NAMES, MEMBER_NAMES)
+@example("/a", "a")
+@example("../a", "%2E%2E/a")
+@example("/../a", "../a")
+def test_refused_names_are_harmless_and_like_no_other(one: str, other: str) -> None:
+    def shown(name: str) -> str:
+        return safe_name(name) or refused_name(name)
+
+    def meaning(name: str) -> list[str]:
+        return ["/"] * name.startswith("/") + [part for part in name.split("/") if part not in ("", ".")]
+
+    assert safe_name(shown(one)) is not None and shown(one).isprintable()
+    assert (shown(one) == shown(other)) == (meaning(one) == meaning(other))
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("../x", "%2E%2E/x"),
+        ("a/../x", "a/%2E%2E/x"),
+        ("/etc/passwd", "%2Fetc/passwd"),
+        ("//../x\n", "%2F%2E%2E/x%0A"),
+        ("", "%2E"),
+        ("/", "%2F"),
+    ],
+)
+def test_what_a_refused_member_is_called(name: str, shown: str) -> None:
+    assert refused_name(name) == shown
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,9 @@ def test_a_truncated_archive_fails_alone_and_is_all_that_is_done_again(platform:
     assert mended.success, failure_of(mended)
     assert platform.materialized("jdb/raw") == {"train/000", "train/001"}
     recorded = events(platform, mended, dg.DagsterEventType.ASSET_MATERIALIZATION)
-    passed_over = {e.partition: e.step_materialization_data.materialization.metadata["passed_over"].value for e in recorded}
+    passed_over = {
+        e.partition: e.step_materialization_data.materialization.metadata["passed_over"].value for e in recorded
+    }
     assert passed_over == {"train/000": False, "train/001": True}
     assert platform.dir("raw").data("train/001").stat().st_mtime_ns == untouched
 

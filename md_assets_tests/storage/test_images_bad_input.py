@@ -1,4 +1,4 @@
-"""Images that are none, or more than fits: that sample is rejected with a reason, and nothing of it is kept in memory."""
+"""Images that are none, or larger than fits: the sample is rejected with a reason, and memory stays small."""
 
 from __future__ import annotations
 
