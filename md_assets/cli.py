@@ -61,6 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="run all checks on what is published; reads every byte")
     verify.add_argument("datasets", nargs="*", metavar="DATASET", help="default: all that have data")
     verify.set_defaults(run=_verify)
+
+    bench = commands.add_parser("bench", help="measure something against another way of doing it")
+    what = bench.add_subparsers(required=True, metavar="WHAT")
+    location = what.add_parser("location", help="load time of the code location, against an empty Dagster project")
+    location.add_argument("--pairs", type=int, default=7, help="alternating measurements of each (default: 7)")
+    location.set_defaults(run=_bench_location)
     return parser
 
 
@@ -69,6 +75,13 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     folder = arguments.folder or Path(walkthrough.DEFAULT_FOLDER)
     return walkthrough.run_ui(folder, arguments.port) if arguments.ui else walkthrough.run_demo(folder)
+
+
+def _bench_location(arguments: argparse.Namespace) -> int:
+    from md_assets.bench.location import measure, report
+
+    print(report(measure(arguments.pairs)))
+    return DONE
 
 
 def _status(arguments: argparse.Namespace) -> int:

@@ -30,8 +30,8 @@ LINES_LIMIT = 400
 EMPTY_NAMES = {"utils", "util", "helpers", "common", "base", "misc"}
 """Module names that do not say what is inside."""
 
-MIRRORED = ("core", "datasets", "stages", "storage", "encoders", "orchestration", "loader", "demo")
-SAYS_WHAT_IS_NOT_HERE = ("core", "stages", "storage", "encoders", "orchestration", "loader", "demo")
+MIRRORED = ("bench", "core", "datasets", "stages", "storage", "encoders", "orchestration", "loader", "demo")
+SAYS_WHAT_IS_NOT_HERE = ("bench", "core", "stages", "storage", "encoders", "orchestration", "loader", "demo")
 """Packages of many modules. In `datasets`, module docstrings are datasheets."""
 
 DOCUMENTED = ("core", "stages", "storage")

@@ -143,8 +143,13 @@ def run_demo(folder: Path) -> int:
 
 
 def ui_command(folder: Path) -> str:
-    """What to type to open the UI on a sandbox."""
-    return f"{Path(sys.argv[0]).name} demo --ui" + ("" if folder == Path(DEFAULT_FOLDER) else f" --folder {folder}")
+    """What to type here to open the UI on a sandbox."""
+    program = Path(sys.argv[0])
+    if shutil.which(program.name) == str(program):
+        command = program.name
+    else:  # an environment that is not activated
+        command = str(program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program)
+    return f"{command} demo --ui" + ("" if folder == Path(DEFAULT_FOLDER) else f" --folder {folder}")
 
 
 def run_ui(folder: Path, port: int) -> int:

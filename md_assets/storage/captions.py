@@ -142,7 +142,9 @@ def read_captions(path: Path, archive: str) -> dict[str, str]:
             row_groups = json.loads(parquet.metadata.metadata[_ROW_GROUPS_KEY])
             if archive not in row_groups:
                 return {}
-            table = parquet.read_row_group(row_groups[archive], columns=["key", "caption"])
+            table = parquet.read_row_group(row_groups[archive])
+            if table.schema.remove_metadata() != _SCHEMA or table["archive"].unique().to_pylist() != [archive]:
+                raise ValueError(f"row group {row_groups[archive]} does not hold the captions of {archive}")
             return dict(zip(table["key"].to_pylist(), table["caption"].to_pylist(), strict=True))
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise MdAssetsError(

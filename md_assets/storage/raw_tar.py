@@ -143,7 +143,7 @@ def iter_raw_tar(path: Path, expected: OutputFile) -> Iterator[RawSample]:
                     tar.members = []  # type: ignore[attr-defined]  # or tarfile keeps every header
             while hashing.read(_BUFFER_BYTES):
                 pass
-    except (OSError, tarfile.TarError, ValueError, KeyError) as error:
+    except (OSError, tarfile.TarError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
         raise damaged from error
     if (hashing.bytes, hashing.digest.hexdigest()) != (expected.bytes, expected.sha256):
         raise damaged

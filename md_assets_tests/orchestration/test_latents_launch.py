@@ -1,0 +1,92 @@
+"""Encoding processes as a run starts and ends them."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from md_assets.demo.walkthrough import failure_of
+from md_assets.orchestration import latents_launch
+from md_assets.orchestration.latents_launch import launch_command
+from md_assets.storage.mds import iter_rows
+from md_assets_tests.orchestration.conftest import Platform
+
+
+def test_several_processes_are_started_by_torchrun_and_one_is_not() -> None:
+    config = Path("accelerate.yaml")
+    assert "--multi_gpu" in launch_command(3, config) and "--multi_gpu" not in launch_command(1, config)
+    for count in (1, 3):
+        command = launch_command(count, config)
+        assert command[command.index("--num_processes") + 1] == str(count)
+        assert command[-2:] == ["--module", "md_assets.orchestration.latents_worker"]
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_rows_of_one(platform: Platform) -> None:
+    platform.up_to("mds", "train/000", "train/001")
+    assert platform.run("jdb/latents", "train/000", "train/001", encoders={"num_processes": 2}).success
+    two = {a: list(iter_rows(platform.dir("latents").data(a))) for a in ("train/000", "train/001")}
+
+    for archive in two:
+        platform.dir("latents").ledger(archive).unlink()
+    assert platform.run("jdb/latents", "train/000", "train/001", encoders={"batch_size": 3}).success
+
+    for archive, rows in two.items():
+        again = list(iter_rows(platform.dir("latents").data(archive)))
+        assert [row["key"] for row in again] == [row["key"] for row in rows]
+        for column in ("caption_latents", "latents_32", "latents_64"):
+            for one, other in zip(again, rows, strict=True):
+                values = (np.frombuffer(row[column], np.float16).astype(np.float32) for row in (one, other))
+                np.testing.assert_allclose(*values, rtol=1e-3, atol=1e-3)
+
+
+def test_an_encoder_that_cannot_be_loaded_ends_the_run_with_one_sentence(platform: Platform) -> None:
+    platform.up_to("mds", "train/000")
+    vae = Path(os.environ["MD_ASSETS_VAE"], "vae")
+    (vae / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
+
+    result = platform.run("jdb/latents", "train/000")
+
+    assert not result.success
+    assert failure_of(result).startswith("No latents were encoded: ")
+    assert platform.ledger("latents", "train/000") is None
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_said_and_its_archive_can_be_done_again(platform: Platform) -> None:
+    platform.up_to("mds", "train/000")
+    workspace = platform.dir("latents").path / "train" / ".000.tmp"
+    killer = threading.Thread(target=_kill_worker_once, args=(workspace.exists,))
+    killer.start()
+    result = platform.run("jdb/latents", "train/000")
+    killer.join()
+
+    assert not result.success
+    assert "its encoding process ended" in failure_of(result)
+    assert platform.ledger("latents", "train/000") is None
+    assert platform.run("jdb/latents", "train/000").success
+    assert not workspace.exists()
+
+
+def _kill_worker_once(begun: Callable[[], bool]) -> None:
+    """kill -9 of the encoding process that descends from this one, once `begun`."""
+    while not begun():
+        threading.Event().wait(0.001)
+    (worker,) = (pid for pid in _descendants(os.getpid()) if _is_worker(pid))
+    os.kill(worker, signal.SIGKILL)
+
+
+def _descendants(pid: int) -> Iterator[int]:
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            yield int(child)
+            yield from _descendants(int(child))
+
+
+def _is_worker(pid: int) -> bool:
+    arguments = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+    return latents_launch.WORKER_MODULE in arguments and "accelerate.commands.launch" not in arguments
