@@ -50,12 +50,15 @@ def read_samples(archive: str, members: Iterator[Member]) -> Iterator[Sample | R
 
 def _caption_parser(split: str) -> Any:
     def parse(row: Mapping[str, Any]) -> Caption:
-        path = safe_name(row["img_path"])
-        folder, slash, name = (path or "").partition("/")
+        img_path, prompt = row["img_path"], row["prompt"]
+        if not isinstance(img_path, str):
+            raise TypeError(f"img_path is {type(img_path).__name__}, not text")
+        path = safe_name(img_path) or ""
+        folder, slash, _ = path.partition("/")
         if not slash:
-            raise ValueError(f"img_path {row['img_path']!r} is not ./NNN/NAME")
+            raise ValueError(f"img_path {img_path!r} is not ./NNN/NAME")
         archive = f"{split}/{folder}"
-        return Caption(archive, sample_key(archive, name), row["prompt"])
+        return Caption(archive, sample_key(archive, path), prompt)
 
     return parse
 

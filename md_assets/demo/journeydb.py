@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import shutil
 import tarfile
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -95,6 +96,7 @@ def write_miniature_journeydb(
     if repository.exists():
         return repository
     unfinished = repository.with_name(f".{repository.name}.new")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of an interrupted call, perhaps with other arguments
     prompts: dict[str, dict[str, str]] = {split: {} for split in SPEC.splits}
     for archive in archives:
         content = miniature_archive(archive, samples, size_px)

@@ -22,7 +22,7 @@ THUMBNAIL_PX = 96
 MAX_URI_BYTES = 14_000
 """The picture lies in the event log, once for each archive and stage, so it stays well under 16 KB."""
 
-_QUALITIES = (80, 70, 60, 50, 40, 30, 20, 10)
+_QUALITIES = (80, 70, 60, 50, 40, 30, 20, 10, 5, 1)
 
 
 def image_sheet(jpegs: Sequence[bytes]) -> str | None:

@@ -22,7 +22,7 @@ def vae_revision(vae: str, hub: HubClient) -> str:
         hub: asked only when `vae` is no local folder.
 
     Raises:
-        SettingsError: a path that does not exist.
+        SettingsError: a path that does not exist, or has no files.
         SourceError: the Hub does not have it or does not give it.
     """
     path = Path(vae)
@@ -50,8 +50,11 @@ def text_encoder_revision(text_encoder: str, hub: HubClient) -> str:
 
 def _digest(folder: Path) -> str:
     """A digest of all files below `folder`: names and contents, so a copy elsewhere has the same one."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not _is_hidden(p, folder))
+    if not files:
+        raise SettingsError(f"the model folder {folder} is empty", "Put the model's files there.")
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and not _is_hidden(p, folder)):
+    for path in files:
         digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
             while block := file.read(1 << 20):

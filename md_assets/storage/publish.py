@@ -76,11 +76,13 @@ def _workspace_path(ledger_path: Path) -> Path:
 def _locked(path: Path, wait: bool, on_wait: Callable[[], None] | None) -> int:
     """An open descriptor of the directory `path`, locked, and certain to be the one that the path names."""
     while True:
-        path.mkdir(parents=True, exist_ok=True)
         try:
+            path.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:
-            continue  # its holder finished and removed it between the two calls
+        except (FileExistsError, FileNotFoundError):
+            if path.is_file():
+                raise
+            continue  # its holder finished and removed it meanwhile
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
