@@ -50,7 +50,8 @@ system-packages: ## what the tests need from Debian, by apt-get; as root
 venv: $(STAMP) ## the environment; made anew only when pyproject.toml or constraints.txt change
 
 # uv installs the 6 GB in half a minute, pip in several; so where there is none, pip installs uv first. Where uv cannot
-# (it does not read pip.conf, which may name the only registry that this machine reaches), pip does it all.
+# (it does not read pip.conf, which may name the only registry that this machine reaches), pip does it all. Bytecode is
+# compiled at once, as pip does it, so that the first run is not the slow one.
 export UV_SYSTEM_CERTS := 1# trust what pip and git trust; UV_NATIVE_TLS is its name in older versions
 export UV_NATIVE_TLS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -69,7 +70,7 @@ $(STAMP): pyproject.toml constraints.txt
 	fi; \
 	if [ -z "$$uv" ]; then uv=$(BIN)/uv; [ -x $$uv ] || $(BIN)/python -m pip install -q uv || true; fi; \
 	echo "Installing into $(VENV) (about 6 GB with PyTorch and CUDA; half a minute to some minutes)"; \
-	$$uv pip install -q --python $(BIN)/python $(PACKAGES) || { \
+	$$uv pip install -q --compile-bytecode --python $(BIN)/python $(PACKAGES) || { \
 	  echo "uv could not; pip tries, which takes minutes" >&2; $(BIN)/python -m pip install -q $(PACKAGES); }
 	@touch $@
 
