@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from md_assets.core.errors import MdAssetsError
+from md_assets.core.errors import MdAssetsError, SettingsError
 from md_assets.core.paths import DATA_ROOT_VARIABLE, DataRoot
 from md_assets.core.settings import DEFAULT_TEXT_ENCODER, DEFAULT_VAE
 from md_assets.datasets import spec_of
@@ -161,25 +162,41 @@ def run_ui(folder: Path, port: int) -> int:
 
     Returns: the exit code of `dagster dev`, 0 after Ctrl-C.
     """
+    _refuse_taken(port)
     sandbox = Sandbox(folder.absolute())
     sandbox.prepare()
+    process: subprocess.Popen[bytes] | None = None
+    interrupted = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+        if process is not None:
+            process.send_signal(signal.SIGINT)
+
+    # Before `dagster dev` starts: it would inherit an ignored SIGINT, which shells give to background jobs.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     with LoopbackHub(sandbox.hub_root) as hub:
         command = [sys.executable, "-m", "dagster", "dev", "-m", "md_assets.definitions", "-p", str(port)]
         print(f"Dagster's UI: http://127.0.0.1:{port}/asset-groups (Ctrl-C ends it and the Hub)", flush=True)
         environment = {**os.environ, **sandbox.environment(hub.endpoint)}
         # A session of its own: Ctrl-C in the terminal reaches `dagster dev` only through us, once.
         process = subprocess.Popen(command, env=environment, start_new_session=True)
-        interrupted = False
-
-        def interrupt(*_: object) -> None:
-            nonlocal interrupted
-            interrupted = True
-            process.send_signal(signal.SIGINT)
-
-        signal.signal(signal.SIGINT, interrupt)
-        signal.signal(signal.SIGTERM, interrupt)
         code = process.wait()
         return 0 if interrupted else code
+
+
+def _refuse_taken(port: int) -> None:
+    """Say that a port is taken before Dagster's services have started."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise SettingsError(
+                f"port {port} cannot be used for the UI: {error.strerror}", "Choose another one with --port"
+            ) from error
 
 
 def _materialize() -> tuple[int, int]:

@@ -1,10 +1,14 @@
 """The demo's sandbox; the walk itself is in `end_to_end/test_demo.py`."""
 
 import os
+import socket
 from pathlib import Path
 
+import pytest
+
 from md_assets.core.encoder_tag import encoder_tag
-from md_assets.demo.walkthrough import BY_HAND, STEPS, Sandbox, environment_variables, ui_command
+from md_assets.core.errors import SettingsError
+from md_assets.demo.walkthrough import BY_HAND, STEPS, Sandbox, environment_variables, run_ui, ui_command
 
 
 def test_nothing_outside_the_sandbox_is_named_in_its_environment(tmp_path: Path) -> None:
@@ -36,3 +40,13 @@ def test_one_archive_is_left_for_the_reader() -> None:
 def test_the_command_that_opens_the_ui_names_the_folder_only_where_it_must() -> None:
     assert ui_command(Path("demo_data")).endswith("demo --ui")
     assert ui_command(Path("/tmp/elsewhere")).endswith("demo --ui --folder /tmp/elsewhere")
+
+
+def test_a_taken_port_is_said_before_anything_starts(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(SettingsError, match=f"port {port} cannot be used"):
+            run_ui(tmp_path / "sandbox", port)
+    assert not (tmp_path / "sandbox").exists()

@@ -201,10 +201,11 @@ def test_an_absent_file_and_a_strangers_are_errors(tmp_path: Path) -> None:
 
 
 PEAK = """
-import pathlib, resource, sys
+import pathlib, sys
 from md_assets.core.spec import Caption
 from md_assets.storage import captions
 from md_assets.storage.captions import CaptionIndexWriter
+from md_assets_tests.storage.memory import peak_mib
 captions.BUFFERED_ROWS = 5000
 rows, folder = int(sys.argv[1]), pathlib.Path(sys.argv[2])
 folder.mkdir()
@@ -213,7 +214,7 @@ with CaptionIndexWriter(folder / "i.parquet", folder, archives) as writer:
     for i in range(rows):
         writer.add(Caption(archives[i * 7919 % 1000], f"{i:08}", f"{i} " + "x" * 200))
     writer.finish()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(peak_mib())
 """
 
 

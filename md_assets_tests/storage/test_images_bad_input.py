@@ -153,12 +153,12 @@ def test_a_bomb_is_too_large_and_nothing_of_it_is_decoded(tmp_path: Path, format
     bomb.write_bytes(sized(30_000, 30_000)[format])
     assert bomb.stat().st_size < 300_000
     code = f"""
-import pathlib, resource
+import pathlib
 from md_assets.core.settings import ImageSettings
 from md_assets.storage.images import prepare_image
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-data, before = pathlib.Path({str(bomb)!r}).read_bytes(), peak()
-print(prepare_image(data, ImageSettings()), (peak() - before) // 1024)
+from md_assets_tests.storage.memory import peak_mib
+data, before = pathlib.Path({str(bomb)!r}).read_bytes(), peak_mib()
+print(prepare_image(data, ImageSettings()), peak_mib() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     reason, grown_mib = done.stdout.split()
@@ -193,17 +193,17 @@ def test_what_a_jpeg_cannot_hold_is_too_large() -> None:
 def test_text_that_unpacks_to_much_is_undecodable_and_not_unpacked(tmp_path: Path) -> None:
     """A zTXt chunk of 256 KB that unpacks to 256 MB, in a picture that is fine."""
     code = """
-import resource, struct, zlib
+import struct, zlib
 from md_assets.core.settings import ImageSettings
 from md_assets.storage.images import prepare_image
 from md_assets_tests.storage.made_images import encoded, photo
+from md_assets_tests.storage.memory import peak_mib
 packer = zlib.compressobj(9)
 text = b"k\\0\\0" + b"".join(packer.compress(bytes(2**20)) for _ in range(256)) + packer.flush()
 chunk = struct.pack(">I", len(text)) + b"zTXt" + text + struct.pack(">I", zlib.crc32(b"zTXt" + text))
 png = encoded(photo(300, 300), "PNG")
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-before = peak()
-print(prepare_image(png[:33] + chunk + png[33:], ImageSettings()), (peak() - before) // 1024)
+before = peak_mib()
+print(prepare_image(png[:33] + chunk + png[33:], ImageSettings()), peak_mib() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     reason, grown_mib = done.stdout.split()
