@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SYSTEM_PACKAGES := chromium# what Debian must bring: a real browser for the tests that look at Dagster's pages
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-ui check lint types layers test test-fast chromium system-packages constraints clean
+.PHONY: help venv demo demo-ui check lint types layers test test-fast chromium system-packages constraints tables clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +78,9 @@ $(STAMP): pyproject.toml constraints.txt
 constraints: $(STAMP) ## constraints.txt anew from pyproject.toml
 	@uv=$$(command -v uv || echo $(BIN)/uv); $$uv pip compile -q --universal --python-version 3.10 --extra dev \
 	  --no-annotate --custom-compile-command "make constraints" pyproject.toml -o constraints.txt $(ARGS)
+
+tables: $(STAMP) ## the generated tables of README.md
+	$(BIN)/python docs/tables.py
 
 clean: ## environment, caches, build output and the demo's data; never datadir
 	rm -rf $(VENV) build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache demo_data

@@ -1,6 +1,7 @@
 """The conventions of this code base that neither ruff nor import-linter can tell."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -235,3 +236,18 @@ def test_constraints_pin_the_whole_stack_for_every_python(python: str) -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
     assert {canonicalize_name(Requirement(line).name) for line in wanted} <= set(names)
+
+
+def test_the_tables_of_the_readme_are_those_that_make_tables_writes() -> None:
+    command = [sys.executable, str(REPOSITORY / "docs" / "tables.py"), "--check"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    assert subprocess.run(command, env=environment).returncode == 0, "run `make tables`"
+
+
+def test_every_link_of_the_docs_leads_somewhere() -> None:
+    broken = []
+    for page in [REPOSITORY / "README.md", *(REPOSITORY / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            if not (page.parent / target).exists():
+                broken.append(f"{name(page)}: {target}")
+    assert broken == []

@@ -116,6 +116,12 @@ def test_the_workspace_file_loads_this_module() -> None:
     assert location["python_module"]["module_name"] == "md_assets.definitions"
 
 
+def test_dagster_accepts_the_workspace_file() -> None:
+    command = [sys.executable, "-m", "dagster", "definitions", "validate", "-w", "workspace.yaml"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_loading_warns_of_nothing() -> None:
     command = [sys.executable, "-W", "default", "-c", "import md_assets.definitions"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)

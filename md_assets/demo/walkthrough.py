@@ -134,7 +134,7 @@ def run_demo(folder: Path) -> int:
         done, passed_over = _materialize()
         samples = _samples_seen_by_loader(sandbox.data)
     print_archives(spec_of(DATASET), stage_dirs(sandbox.data, DATASET))
-    print(f"\nThe training loader sees {samples} samples in jdb/train and jdb/valid.")
+    print(f"\nThe training loader sees {samples} samples in an epoch over train and valid.")
     if done == 0:
         print(f"Nothing was done twice: all {passed_over} archive stages had been published before.")
     print(f"Done in {time.monotonic() - started:.0f} s. {done} archive stages published, {passed_over} passed over.")
@@ -263,12 +263,14 @@ def failure_of(result: dg.ExecuteInProcessResult) -> str:
 
 
 def _samples_seen_by_loader(data: DataRoot) -> int:
-    """Samples that the training loader counts over both splits' merged indexes."""
+    """Samples that the training loader gives in one epoch over both splits' merged indexes."""
     from md_assets.core.encoder_tag import encoder_tag
-    from md_assets.loader import count_samples
+    from md_assets.loader import build_latents_dataloader
 
     latents = data.latents(DATASET, encoder_tag(DEFAULT_VAE, DEFAULT_TEXT_ENCODER)).path
-    return count_samples([latents / "train", latents / "valid"])
+    splits = [latents / split for split in spec_of(DATASET).splits]
+    loader = build_latents_dataloader(splits, batch_size=16, image_size=512, drop_last=False, num_workers=0)
+    return sum(len(batch["image_latents"]) for batch in loader)
 
 
 @contextmanager
