@@ -68,12 +68,14 @@ class EncoderSettings:
         vae_revision, text_encoder_revision: commit or content digest of each model's files
             (see `storage.models`), so that other weights under the same name are other settings.
         image_resolutions: px, multiples of 8; each gives a column `latents_<px>`.
+        model_dtype: of weights and activations: `auto` (bfloat16 on a GPU, float32 on a CPU), `float32`, `bfloat16`
+            or, where the VAE bears it, `float16`.
         save_dtype: of the stored arrays: `float16` or `float32`.
         seed: of the posterior noise; the noise of a sample depends on the seed and its key only.
         save_images: whether the JPEG goes into the latents' shards too.
 
-    Where a model runs (device, `model_dtype`, batch size, processes) is not in here: it moves values
-    by rounding only, and a run that continues on another machine must not make stale what is done.
+    Where a model runs (device, batch size, processes) is not in here: it moves values by rounding only, and a run that
+    continues on another machine must not make stale what is done. For the same reason `auto` is one setting.
     """
 
     vae: str
@@ -81,6 +83,7 @@ class EncoderSettings:
     vae_revision: str
     text_encoder_revision: str
     image_resolutions: tuple[int, ...] = (256, 512)
+    model_dtype: str = "auto"
     save_dtype: str = "float16"
     seed: int = 0
     save_images: bool = False
@@ -95,6 +98,10 @@ class EncoderSettings:
             raise SettingsError(
                 f"image_resolutions {list(self.image_resolutions)} are not in rising order without repeats",
                 "Use for example [256, 512].",
+            )
+        if self.model_dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise SettingsError(
+                f"model_dtype {self.model_dtype!r} is unknown", "Use auto, float32, bfloat16 or float16."
             )
         if self.save_dtype not in ("float16", "float32"):
             raise SettingsError(f"save_dtype {self.save_dtype!r} is unknown", "Use float16 or float32.")

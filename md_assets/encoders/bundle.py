@@ -78,13 +78,12 @@ class Encoders:
         self._settings, self._vae, self._text = settings, vae, text
 
     @classmethod
-    def load(cls, settings: EncoderSettings, device: str, model_dtype: str) -> Encoders:
+    def load(cls, settings: EncoderSettings, device: str) -> Encoders:
         """Load both models.
 
         Args:
-            settings: which ones.
+            settings: which ones, and in which dtype they run.
             device: `auto`, or as torch spells it.
-            model_dtype: `float32`, `bfloat16`, `float16`, or `auto`: bfloat16 on a GPU, float32 on a CPU.
 
         Raises:
             SettingsError: one of them cannot be loaded or cannot run so.
@@ -92,11 +91,8 @@ class Encoders:
         on = pick_device(device)
         if on.type == "cuda":
             torch.cuda.set_device(on)  # else pinning memory takes half a gigabyte of the first GPU for each process
-        if model_dtype == "auto":
-            model_dtype = "bfloat16" if on.type == "cuda" else "float32"
-        if model_dtype not in DTYPES:
-            raise SettingsError(f"model_dtype {model_dtype!r} is unknown", f"Use auto, {', '.join(DTYPES)}.")
-        dtype = DTYPES[model_dtype]
+        automatic = "bfloat16" if on.type == "cuda" else "float32"
+        dtype = DTYPES[automatic if settings.model_dtype == "auto" else settings.model_dtype]
         vae = VaeEncoder.load(settings.vae, settings.vae_revision, on, dtype)
         text = TextEncoder.load(settings.text_encoder, settings.text_encoder_revision, on, dtype)
         return cls(settings, vae, text, on, dtype)

@@ -136,6 +136,7 @@ class EncodersResource(dg.ConfigurableResource):
             vae_revision=vae_revision(vae, hub),
             text_encoder_revision=text_encoder_revision(text_encoder, hub),
             image_resolutions=tuple(self.image_resolutions),
+            model_dtype=self.model_dtype,
             save_dtype=self.save_dtype,
             seed=self.seed,
             save_images=self.save_images,

@@ -132,7 +132,6 @@ def encode_archives(
             encoders=encoders.settings(hub.client()),
             encoder_tag=encoders.tag(),
             batch_size=encoders.batch_size,
-            model_dtype=encoders.model_dtype,
             num_workers=-(-workers // processes),
         )
     run = ArchiveRun(context, plan.latents_dir, plan.mds_dir)

@@ -71,7 +71,6 @@ class LatentsPlan:
         encoders: what is computed and stored.
         encoder_tag: of the output's path, see `core.encoder_tag`.
         batch_size: rows that go through the models at once.
-        model_dtype: `auto` (bfloat16 on a GPU, float32 on a CPU), `float32`, `bfloat16` or `float16`.
         num_workers: processes, for each encoding process, that decode and tokenize; 0 for none.
         device: `auto` (a GPU for each process where there are some), or as torch spells it.
     """
@@ -83,7 +82,6 @@ class LatentsPlan:
     encoders: EncoderSettings
     encoder_tag: str
     batch_size: int = 32
-    model_dtype: str = "auto"
     num_workers: int = 4
     device: str = "auto"
 
@@ -155,7 +153,7 @@ def encode_archives(plan: LatentsPlan, report: Report, archives: Iterable[str] |
     """
     from md_assets.encoders.bundle import Encoders
 
-    encoders = Encoders.load(plan.encoders, plan.device, plan.model_dtype)
+    encoders = Encoders.load(plan.encoders, plan.device)
     busy = _walk(plan, encoders, report, plan.archives if archives is None else archives, wait=False)
     for archive in busy:
         # One at a time: who waits while holding another archive could be waited for by the one he waits for.

@@ -73,6 +73,7 @@ def test_every_image_setting_is_in_every_stages_fingerprint(field: str) -> None:
         ("text_encoder_revision", "c" * 40),
         ("image_resolutions", (256,)),
         ("save_dtype", "float32"),
+        ("model_dtype", "float32"),
         ("seed", 1),
         ("save_images", True),
     ],
@@ -142,6 +143,7 @@ def test_the_ends_of_the_ranges_are_in_them(changes: dict[str, int]) -> None:
         {"image_resolutions": (512, 256)},
         {"image_resolutions": (256, 256)},
         {"save_dtype": "bfloat16"},
+        {"model_dtype": "fp8"},
         {"save_dtype": ""},
     ],
 )

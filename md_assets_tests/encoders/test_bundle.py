@@ -13,7 +13,7 @@ from md_assets.encoders.vae import posterior_noise
 
 @pytest.fixture(scope="module")
 def encoders(tiny_encoders) -> Encoders:
-    return Encoders.load(tiny_encoders.settings(), "cpu", "auto")
+    return Encoders.load(tiny_encoders.settings(), "cpu")
 
 
 def batch_of(rows, encoders: Encoders) -> Batch:
@@ -62,7 +62,7 @@ def test_layout_names_what_made_the_numbers(encoders: Encoders, tiny_encoders) -
 
 
 def test_the_jpeg_comes_along_when_asked_for(tiny_encoders, mds_rows) -> None:
-    encoders = Encoders.load(tiny_encoders.settings(save_images=True, save_dtype="float32"), "cpu", "float32")
+    encoders = Encoders.load(tiny_encoders.settings(save_images=True, save_dtype="float32"), "cpu")
     (row,) = encoders.encode(batch_of(mds_rows("a", 1), encoders)).rows()
     assert list(row) == list(latents_columns((32, 64), True))
     assert row["jpg"] == mds_rows("a", 1)[0]["jpg"]
@@ -79,17 +79,12 @@ def test_what_is_not_finite_after_the_cast_is_found(encoders: Encoders, mds_rows
 
 
 def test_bfloat16_runs_on_a_cpu_too(encoders: Encoders, tiny_encoders, mds_rows) -> None:
-    half = Encoders.load(tiny_encoders.settings(), "cpu", "bfloat16")
+    half = Encoders.load(tiny_encoders.settings(model_dtype="bfloat16"), "cpu")
     assert half.model_dtype == "bfloat16"
     (row,) = half.encode(batch_of(mds_rows("a", 1), half)).rows()
     (full,) = encoders.encode(batch_of(mds_rows("a", 1), encoders)).rows()
     a, b = (np.frombuffer(r["latents_64"], np.float16).astype(float) for r in (row, full))
     assert 0 < np.linalg.norm(a - b) / np.linalg.norm(b) < 0.02
-
-
-def test_an_unknown_dtype_is_named(tiny_encoders) -> None:
-    with pytest.raises(SettingsError, match=r"model_dtype 'fp8' is unknown. Use auto, float32"):
-        Encoders.load(tiny_encoders.settings(), "cpu", "fp8")
 
 
 def test_memory_that_is_not_enough_is_told_with_its_remedy(

@@ -95,7 +95,7 @@ def test_importing_the_stage_imports_no_torch() -> None:
 
 
 def test_a_plan_survives_json(plan: LatentsPlan) -> None:
-    other = replace(plan, images=ImageSettings(jpeg_quality=90), device="cuda:1", model_dtype="bfloat16", num_workers=3)
+    other = replace(plan, images=ImageSettings(jpeg_quality=90), device="cuda:1", num_workers=3)
     for one in (plan, other):
         assert LatentsPlan.from_json(one.to_json()) == one
 
@@ -293,7 +293,7 @@ def test_an_encoder_that_cannot_be_loaded_ends_the_run(plan: LatentsPlan) -> Non
 def test_two_runs_at_once_share_the_archives(plan: LatentsPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each encodes some, none is encoded twice, and both end with everything published."""
     events: dict[str, list[dict[str, Any]]] = {"a": [], "b": []}
-    loaded = [Encoders.load(plan.encoders, "cpu", "auto") for _ in events]  # loading is not safe in threads
+    loaded = [Encoders.load(plan.encoders, "cpu") for _ in events]  # loading is not safe in threads
     monkeypatch.setattr(Encoders, "load", lambda *_: loaded.pop())
     both_have_one, encode = threading.Barrier(2, timeout=60), Encoders.encode
     waited = set()
