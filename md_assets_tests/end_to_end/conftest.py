@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import dagster as dg
 import pytest
 
-from md_assets.core.paths import DATA_ROOT_VARIABLE
+from md_assets.core.paths import DATA_ROOT_VARIABLE, DataRoot
 from md_assets.demo.loopback_hub import LoopbackHub
-from md_assets.demo.walkthrough import Sandbox
+from md_assets.demo.walkthrough import Sandbox, environment_variables, materialize
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SAMPLES, SIZE_PX = 12, 320
+ARCHIVE = "train/000"
 
 
 @dataclass
@@ -112,6 +114,20 @@ def prepared_sandbox(tmp_path_factory: pytest.TempPathFactory) -> Sandbox:
     sandbox = Sandbox(tmp_path_factory.mktemp("end_to_end"))
     sandbox.prepare(SAMPLES, SIZE_PX)
     return sandbox
+
+
+@pytest.fixture(scope="session")
+def undisturbed(prepared_sandbox: Sandbox) -> DataRoot:
+    """What undisturbed runs make of `ARCHIVE`, up to mds; not to be changed."""
+    with (
+        LoopbackHub(prepared_sandbox.hub_root) as hub,
+        environment_variables(prepared_sandbox.environment(hub.endpoint)),
+        dg.DagsterInstance.get() as instance,
+    ):
+        for asset in ("jdb/annotations", "jdb/raw", "jdb/mds"):
+            partitions = None if asset == "jdb/annotations" else (ARCHIVE, ARCHIVE)
+            assert materialize(instance, asset, partitions).success
+    return prepared_sandbox.data
 
 
 @pytest.fixture

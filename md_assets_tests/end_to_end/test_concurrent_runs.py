@@ -4,15 +4,16 @@ import pytest
 
 from md_assets.stages.once import published
 from md_assets.stages.verify import verify_archive
-from md_assets_tests.end_to_end.conftest import SandboxCommands, wait_for
-from md_assets_tests.end_to_end.test_kill import ARCHIVE, annotations, temporaries
+from md_assets_tests.end_to_end.conftest import ARCHIVE, SandboxCommands, wait_for
+from md_assets_tests.end_to_end.test_kill import temporaries
 
 pytestmark = pytest.mark.slow
 
 
 def test_the_second_run_waits_and_passes_over(commands: SandboxCommands) -> None:
     raw = commands.sandbox.data.raw("jdb")
-    commands.finish(commands.start(*annotations()))  # two first runs at once break over creating Dagster's own tables
+    # Two first runs at once break over creating Dagster's own tables.
+    commands.finish(commands.materialize("jdb/raw", "valid/000"))
     # Slow enough that the second run comes while the first one fetches.
     commands.hub.faults.throttle("*/train/imgs/000.tgz", bytes_per_s=60_000)
 
@@ -27,6 +28,6 @@ def test_the_second_run_waits_and_passes_over(commands: SandboxCommands) -> None
     assert all(verdict.passed for verdict in verify_archive(raw, None, ARCHIVE))
     assert temporaries(raw.path) == []
     fetched = [
-        request for request in commands.hub.history if request.kind == "cdn" and request.name.endswith("imgs/000.tgz")
+        request for request in commands.hub.history if request.kind == "cdn" and request.name.endswith("train/imgs/000.tgz")
     ]
     assert len(fetched) == 1

@@ -1,6 +1,7 @@
 """kill -9 of a whole run in the middle of each stage, then the same command again."""
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +12,10 @@ from md_assets.core.ledger import Ledger
 from md_assets.core.paths import DataRoot, StageDir
 from md_assets.stages.once import published
 from md_assets.storage.mds import iter_rows
-from md_assets_tests.end_to_end.conftest import SandboxCommands, kill_group, read_output, wait_for
+from md_assets_tests.end_to_end.conftest import ARCHIVE, SandboxCommands, kill_group, read_output, wait_for
 
 pytestmark = pytest.mark.slow
 
-ARCHIVE = "train/000"
 ATTEMPTS = 5
 """How often a kill that came too late is tried again."""
 
@@ -56,20 +56,13 @@ def again(commands: SandboxCommands, asset: str, stage_dir: StageDir) -> Ledger:
     return ledger
 
 
-@pytest.fixture
-def undisturbed(commands: SandboxCommands, tmp_path: Path) -> Callable[[str], DataRoot]:
-    """A function that materializes assets of the archive elsewhere, without disturbance."""
-    root = DataRoot(tmp_path / "undisturbed")
-
-    def run(*assets: str) -> DataRoot:
-        for asset in assets:
-            commands.finish(commands.materialize(asset, ARCHIVE, data_root=root.path))
-        return root
-
-    return run
+def copy_stages(undisturbed: DataRoot, commands: SandboxCommands, *stages: str) -> None:
+    """Give the sandbox the finished upstream of the stage under test."""
+    for stage in stages:
+        shutil.copytree(undisturbed.path / "jdb" / stage, commands.sandbox.data.path / "jdb" / stage)
 
 
-def test_raw_killed_while_it_fetches_and_while_it_writes(commands: SandboxCommands, undisturbed) -> None:
+def test_raw_killed_while_it_fetches_and_while_it_writes(commands: SandboxCommands, undisturbed: DataRoot) -> None:
     raw = commands.sandbox.data.raw("jdb")
     commands.hub.faults.throttle("*/train/imgs/000.tgz", bytes_per_s=50_000)
     kill_in_the_middle(commands, "jdb/raw", raw, lambda w: any(p.stat().st_size > 1000 for p in w.glob("*.part")))
@@ -79,46 +72,29 @@ def test_raw_killed_while_it_fetches_and_while_it_writes(commands: SandboxComman
     ledger = again(commands, "jdb/raw", raw)
 
     assert ledger.read == 12
-    assert digests(raw.path) == digests(undisturbed("jdb/raw").raw("jdb").path)
+    assert digests(raw.path) == digests(undisturbed.raw("jdb").path)
 
 
-def test_mds_killed_while_it_writes(commands: SandboxCommands, undisturbed) -> None:
-    data = commands.sandbox.data
-    commands.finish(commands.start(*annotations()))
-    commands.finish(commands.materialize("jdb/raw", ARCHIVE))
-    mds = data.mds("jdb")
+def test_mds_killed_while_it_writes(commands: SandboxCommands, undisturbed: DataRoot) -> None:
+    copy_stages(undisturbed, commands, "annotations", "raw")
+    mds = commands.sandbox.data.mds("jdb")
     kill_in_the_middle(commands, "jdb/mds", mds, lambda w: any((w / "shards").glob("*.mds")))
 
     ledger = again(commands, "jdb/mds", mds)
 
     keys = [row["key"] for row in iter_rows(mds.data(ARCHIVE))]
     assert len(keys) == len(set(keys)) == ledger.kept
-    root = DataRoot(commands.sandbox.path.parent / "undisturbed")
-    commands.finish(commands.start(*annotations(), data_root=root.path))
-    undisturbed("jdb/raw", "jdb/mds")
-    assert digests(mds.path) == digests(root.mds("jdb").path)
+    assert digests(mds.path) == digests(undisturbed.mds("jdb").path)
 
 
-def test_latents_killed_while_they_are_encoded(commands: SandboxCommands) -> None:
-    data = commands.sandbox.data
-    commands.finish(commands.start(*annotations()))
-    commands.finish(commands.materialize("jdb/raw", ARCHIVE))
-    commands.finish(commands.materialize("jdb/mds", ARCHIVE))
-    latents = data.latents("jdb", "sdxl1_dfnclipH14")
+def test_latents_killed_while_they_are_encoded(commands: SandboxCommands, undisturbed: DataRoot) -> None:
+    copy_stages(undisturbed, commands, "mds")
+    latents = commands.sandbox.data.latents("jdb", "sdxl1_dfnclipH14")
     kill_in_the_middle(commands, "jdb/latents", latents, lambda w: (w / "shards").exists())
 
     ledger = again(commands, "jdb/latents", latents)
 
     rows = list(iter_rows(latents.data(ARCHIVE)))
-    assert [row["key"] for row in rows] == [row["key"] for row in iter_rows(data.mds("jdb").data(ARCHIVE))]
+    assert [row["key"] for row in rows] == [row["key"] for row in iter_rows(undisturbed.mds("jdb").data(ARCHIVE))]
     assert len(rows) == ledger.kept
     assert all(np.isfinite(np.frombuffer(row["latents_256"], np.float16)).all() for row in rows)
-
-
-def annotations() -> list[str]:
-    import sys
-
-    return [
-        sys.executable, "-m", "dagster", "asset", "materialize", "-m", "md_assets.definitions",
-        "--select", 'key:"jdb/annotations"',
-    ]  # fmt: skip

@@ -187,13 +187,13 @@ def test_it_ends_with_its_launcher() -> None:
 
 def test_terminated_it_sends_its_last_events_and_ends(tmp_path: Path) -> None:
     code = f"""
-import json, pathlib, signal, time
+import json, os, pathlib, signal, time
 import {WORKER} as w
 w.POLL_INTERVAL_S = 60
 with w.Forwarder("jdb", pathlib.Path({str(tmp_path)!r}), 1, lambda e: print(json.dumps(e), flush=True), print) as f:
     signal.signal(signal.SIGTERM, w._Terminator(f))
     w.EventLog(pathlib.Path({str(tmp_path)!r}), 0).append({{"event": "published", "archive": "a"}})
-    print("ready", flush=True)
+    os.write(1, b"ready\\n")  # print holds a lock that the signal would find held
     time.sleep(60)
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
