@@ -132,9 +132,9 @@ def publish(stage_dir: StageDir, made: Path, ledger: Ledger) -> Ledger:
         stage_dir: where the archive is published.
         made: a finished file (raw) or directory (mds, latents) inside the archive's workspace, which the
             caller holds.
-        ledger: what to write; `files` and `bytes_out` are filled in from `made`'s ledgered files.
+        ledger: what to write; its `files` are those of `made`.
 
-    Returns: `ledger`, unchanged, once it is on disk.
+    Returns: `ledger`, once it is on disk.
 
     May be repeated: a crash between any two steps leaves data without a ledger, which do not exist for
     readers and are replaced by the next run.

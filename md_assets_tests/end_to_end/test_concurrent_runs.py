@@ -7,6 +7,8 @@ from md_assets.stages.verify import verify_archive
 from md_assets_tests.end_to_end.conftest import ARCHIVE, SandboxCommands, wait_for
 from md_assets_tests.end_to_end.test_kill import temporaries
 
+ARCHIVE_FILE = "train/imgs/000.tgz"
+
 pytestmark = pytest.mark.slow
 
 
@@ -15,7 +17,7 @@ def test_the_second_run_waits_and_passes_over(commands: SandboxCommands) -> None
     # Two first runs at once break over creating Dagster's own tables.
     commands.finish(commands.materialize("jdb/raw", "valid/000"))
     # Slow enough that the second run comes while the first one fetches.
-    commands.hub.faults.throttle("*/train/imgs/000.tgz", bytes_per_s=60_000)
+    commands.hub.faults.throttle(f"*/{ARCHIVE_FILE}", bytes_per_s=60_000)
 
     first = commands.materialize("jdb/raw", ARCHIVE)
     second = commands.materialize("jdb/raw", ARCHIVE)
@@ -27,7 +29,5 @@ def test_the_second_run_waits_and_passes_over(commands: SandboxCommands) -> None
     assert published(raw, ARCHIVE) is not None
     assert all(verdict.passed for verdict in verify_archive(raw, None, ARCHIVE))
     assert temporaries(raw.path) == []
-    fetched = [
-        request for request in commands.hub.history if request.kind == "cdn" and request.name.endswith("train/imgs/000.tgz")
-    ]
+    fetched = [request for request in commands.hub.history if request.kind == "cdn" and ARCHIVE_FILE in request.name]
     assert len(fetched) == 1

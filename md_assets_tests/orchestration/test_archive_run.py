@@ -1,11 +1,23 @@
 """Ranged runs: each archive stands or falls alone, and what people see of it."""
 
-import dagster as dg
+import re
+from pathlib import Path
 
+import dagster as dg
+import numpy as np
+import pytest
+
+from md_assets.core.progress import EVERY_S
 from md_assets.datasets.jdb import SPEC
 from md_assets.demo.journeydb import REJECTED_BY_RAW, miniature_archive, write_tgz
 from md_assets.demo.walkthrough import failure_of
 from md_assets_tests.orchestration.conftest import SAMPLES, SIZE_PX, Platform
+
+
+def archive_file(platform: Platform, archive: str) -> Path:
+    """An archive at its source."""
+    file = SPEC.locate(archive)
+    return platform.sandbox.hub_root / "datasets" / file.repo / file.path
 
 
 def events(platform: Platform, result: dg.ExecuteInProcessResult, kind: dg.DagsterEventType) -> list[dg.DagsterEvent]:
@@ -52,7 +64,7 @@ def test_checks_are_stored_by_partition(platform: Platform) -> None:
 
 
 def test_a_truncated_archive_fails_alone_and_is_all_that_is_done_again(platform: Platform) -> None:
-    broken = platform.sandbox.hub_root / "datasets/JourneyDB/JourneyDB" / SPEC.locate("train/000").path
+    broken = archive_file(platform, "train/000")
     whole = broken.read_bytes()
     broken.write_bytes(whole[: len(whole) // 2])
 
@@ -120,11 +132,25 @@ def test_a_changed_archive_at_the_source_is_fetched_again(platform: Platform) ->
     assert platform.run("jdb/raw", "valid/000").success
     before = platform.ledger("raw", "valid/000")
 
-    upstream = platform.sandbox.hub_root / "datasets/JourneyDB/JourneyDB" / SPEC.locate("valid/000").path
-    write_tgz(upstream, miniature_archive("valid/000", SAMPLES, SIZE_PX).members[:5])
+    write_tgz(archive_file(platform, "valid/000"), miniature_archive("valid/000", SAMPLES, SIZE_PX).members[:5])
     assert platform.run("jdb/raw", "valid/000").success
 
     after = platform.ledger("raw", "valid/000")
     assert before is not None and after is not None
     assert (before.read, after.read) == (SAMPLES, 5)
     assert before.source["content_id"] != after.source["content_id"]
+
+
+@pytest.mark.slow
+def test_long_work_tells_how_far_it_is_every_few_seconds(platform: Platform) -> None:
+    noise = np.random.default_rng(0).bytes(12 * 2**20)  # no images, but long to fetch
+    write_tgz(archive_file(platform, "train/000"), [("./000/noise.jpg", noise)])
+    size_bytes = archive_file(platform, "train/000").stat().st_size
+    platform.hub.faults.throttle("*/train/imgs/000.tgz", bytes_per_s=size_bytes / (2.5 * EVERY_S))
+
+    result = platform.run("jdb/raw", "train/000")
+
+    assert result.success, failure_of(result)
+    lines = [entry.user_message for entry in platform.instance.all_logs(result.run_id)]
+    fetched = [line for line in lines if re.match(r"jdb train/000 fetches: .* MB, [\d.]+ MB/s, ETA \d+:\d\d$", line)]
+    assert len(fetched) == 2
