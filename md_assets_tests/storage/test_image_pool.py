@@ -62,7 +62,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def wait_until_dead(pids: list[int], seconds: float = 10) -> list[int]:
+def wait_until_dead(pids: list[int], seconds: float = 60) -> list[int]:
     """Those of the processes that are still alive after so long."""
     deadline = time.monotonic() + seconds
     while (alive := [pid for pid in pids if is_alive(pid)]) and time.monotonic() < deadline:

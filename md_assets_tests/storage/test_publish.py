@@ -330,12 +330,20 @@ def test_a_file_is_replaced_at_once_for_whoever_reads_meanwhile(tmp_path: Path) 
     path = tmp_path / "index.json"
     contents = [bytes([65 + number]) * 200_000 for number in range(2)]
     write_atomically(path, contents[0], tmp_path)
-    read: list[bytes] = []
-    reader = threading.Thread(target=lambda: read.extend(path.read_bytes() for _ in range(300)))
+    written = 0
+    enough = threading.Event()
+    read: set[bytes] = set()
+
+    def keep_reading() -> None:
+        while not enough.is_set():
+            read.add(path.read_bytes())
+
+    reader = threading.Thread(target=keep_reading)
     reader.start()
-    number = 0
-    while reader.is_alive():
-        number += 1
-        write_atomically(path, contents[number % 2], tmp_path)
-    assert set(read) == set(contents) and number > 10
+    while written < 100 or len(read) < 2:
+        written += 1
+        write_atomically(path, contents[written % 2], tmp_path)
+    enough.set()
+    reader.join()
+    assert read == set(contents)
     assert [p.name for p in tmp_path.iterdir()] == ["index.json"]
