@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,20 @@ TERMINATION_GRACE_S = 10.0
 """Seconds that the processes have to end by themselves before they are killed."""
 
 
-def encode(context: dg.AssetExecutionContext, run: ArchiveRun, plan: LatentsPlan, num_processes: int) -> None:
+def encode(
+    context: dg.AssetExecutionContext,
+    run: ArchiveRun,
+    plan: LatentsPlan,
+    num_processes: int,
+    hub_environment: Mapping[str, str],
+) -> None:
     """Encode the archives of `plan` in processes of their own, and record each as soon as it is published.
 
     Args:
         context, run: of the asset.
         plan: what to encode.
         num_processes: ≥ 1.
+        hub_environment: variables that lead the processes to the same Hub as this run.
 
     Raises:
         dg.Failure: the processes did not work at all, e.g. because an encoder cannot be loaded.
@@ -54,7 +61,7 @@ def encode(context: dg.AssetExecutionContext, run: ArchiveRun, plan: LatentsPlan
         config_path = Path(folder, "accelerate.yaml")
         config_path.write_text(ACCELERATE_CONFIG, encoding="utf-8")
         command = [*launch_command(num_processes, config_path), str(plan_path), str(events_dir)]
-        environment = {**os.environ, **session.get_bootstrap_env_vars()}
+        environment = {**os.environ, **hub_environment, **session.get_bootstrap_env_vars()}
         with _launched(command, environment) as process:
             while process.poll() is None:
                 events.take(session.get_custom_messages())

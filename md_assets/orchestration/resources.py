@@ -62,6 +62,11 @@ class HubResource(dg.ConfigurableResource):
         )
         return HubClient(endpoint=self.endpoint, token=self.token, revisions=self.revisions, policy=policy)
 
+    def environment(self) -> dict[str, str]:
+        """The same Hub and account for processes in which huggingface_hub is called by other libraries."""
+        variables = {"HF_ENDPOINT": self.endpoint, "HF_TOKEN": self.token}
+        return {name: value for name, value in variables.items() if value}
+
 
 class ImagesResource(dg.ConfigurableResource):
     """Which images are kept and how they are stored. All but `num_workers` change bytes: archives made with other

@@ -146,7 +146,7 @@ def encode_archives(
         else:
             run.record(Outcome(ledger, passed_over=True))
     if pending:
-        encode(context, run, dataclasses.replace(plan, archives=tuple(pending)), processes)
+        encode(context, run, dataclasses.replace(plan, archives=tuple(pending)), processes, hub.environment())
     run.finish()
 
 

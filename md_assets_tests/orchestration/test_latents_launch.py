@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from md_assets.core.settings import DEFAULT_VAE
 from md_assets.demo.walkthrough import failure_of
 from md_assets.orchestration import latents_launch
 from md_assets.orchestration.latents_launch import launch_command
+from md_assets.storage.hub import HubClient
 from md_assets.storage.mds import iter_rows
 from md_assets_tests.orchestration.conftest import Platform
 
@@ -42,6 +44,27 @@ def test_two_processes_give_the_rows_of_one(platform: Platform) -> None:
             for one, other in zip(again, rows, strict=True):
                 values = (np.frombuffer(row[column], np.float16).astype(np.float32) for row in (one, other))
                 np.testing.assert_allclose(*values, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_default_encoders_come_from_the_hub_at_its_commit(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    platform.up_to("mds", "train/000")
+    # The sandbox's tiny encoders, served under the names of the default pair.
+    (platform.sandbox.hub_root / "models").symlink_to(platform.sandbox.path / "models")
+    for name in ("MD_ASSETS_VAE", "MD_ASSETS_TEXT_ENCODER"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the field says where the Hub is, not the variable
+
+    result = platform.run("jdb/latents", "train/000", hub={"endpoint": platform.hub.endpoint})
+
+    assert result.success, failure_of(result)
+    ledger = platform.ledger("latents", "train/000")
+    assert ledger is not None
+    client = HubClient(endpoint=platform.hub.endpoint)
+    assert ledger.settings["encoders"]["vae_revision"] == client.revision(DEFAULT_VAE, "model")
+    assert ledger.details["vae"] == DEFAULT_VAE
 
 
 def test_an_encoder_that_cannot_be_loaded_ends_the_run_with_one_sentence(platform: Platform) -> None:

@@ -59,3 +59,9 @@ def test_the_hub_client_gets_the_fields() -> None:
     client = HubResource(endpoint="http://127.0.0.1:1234", token="hf_secret", attempts=2).client()
     assert client.endpoint == "http://127.0.0.1:1234"
     assert "hf_secret" not in repr(client)
+
+
+def test_other_processes_are_led_to_the_same_hub() -> None:
+    assert HubResource().environment() == {}
+    set_by_hand = HubResource(endpoint="http://127.0.0.1:1234", token="hf_secret").environment()
+    assert set_by_hand == {"HF_ENDPOINT": "http://127.0.0.1:1234", "HF_TOKEN": "hf_secret"}
