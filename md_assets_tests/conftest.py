@@ -14,6 +14,7 @@ from md_assets.core.ledger import Ledger
 from md_assets.core.paths import DataRoot
 from md_assets.core.schema import MDS_COLUMNS
 from md_assets.core.settings import EncoderSettings, ImageSettings, mds_settings
+from md_assets.datasets.jdb import SPEC as JDB
 from md_assets.demo.tiny_encoders import write_tiny_open_clip, write_tiny_vae
 from md_assets.storage.mds import ShardWriter, ledgered_files
 from md_assets.storage.publish import publish, scratch, with_files, workspace
@@ -103,7 +104,7 @@ def publish_mds() -> PublishMds:
                 seconds=0.0,
                 source={"name": f"{archive}.tgz", "content_id": "c" * 64, "revision": "r" * 40},
                 inputs={"raw": "i" * 64},
-                settings=mds_settings(images or ImageSettings()),
+                settings=mds_settings(JDB, images or ImageSettings()),
                 versions={},
                 files=(),
             )

@@ -25,6 +25,9 @@ class Reason:
     NO_CAPTION = "no_caption"
     DUPLICATE_KEY = "duplicate_key"
     UNSAFE_MEMBER = "unsafe_member"
+    NSFW = "nsfw"
+    FURTHER_CAPTION = "further_caption"
+    NOT_IN_SUBSET = "not_in_subset"
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,18 @@ class StageDir:
         dataset: slug.
         stage: what lies there.
         path: the directory.
+        subset: of a stage of a subset (`core.spec.Subset`), its name; empty for the whole dataset.
     """
 
     dataset: str
     stage: Stage
     path: Path
+    subset: str = ""
+
+    @property
+    def asset(self) -> str:
+        """The last part of the asset's key, e.g. `mds` or `mds_minres512`."""
+        return f"{self.stage}_{self.subset}" if self.subset else self.stage
 
     def ledger(self, archive: str) -> Path:
         """The ledger of `archive`; where it is absent the archive's data do not exist for any reader."""
@@ -64,12 +71,16 @@ class DataRoot:
     def raw(self, dataset: str) -> StageDir:
         return StageDir(dataset, "raw", self.path / dataset / "raw")
 
-    def mds(self, dataset: str) -> StageDir:
-        return StageDir(dataset, "mds", self.path / dataset / "mds")
+    def mds(self, dataset: str, subset: str = "") -> StageDir:
+        """`<ds>/mds`, of a subset `<ds>/mds_<subset>`."""
+        return StageDir(dataset, "mds", self.path / dataset / _mds_name(subset), subset)
 
-    def latents(self, dataset: str, encoder_tag: str) -> StageDir:
-        """`encoder_tag`: see `core.encoder_tag`; `sdxl1_dfnclipH14` for the default pair."""
-        return StageDir(dataset, "latents", self.path / dataset / f"mds_latents_{encoder_tag}")
+    def latents(self, dataset: str, encoder_tag: str, subset: str = "") -> StageDir:
+        """`<ds>/mds_latents_<encoder_tag>`, of a subset `<ds>/mds_<subset>_latents_<encoder_tag>`.
+
+        `encoder_tag`: see `core.encoder_tag`; `sdxl1_dfnclipH14` for the default pair.
+        """
+        return StageDir(dataset, "latents", self.path / dataset / f"{_mds_name(subset)}_latents_{encoder_tag}", subset)
 
     def annotations(self, dataset: str) -> StageDir:
         """Caption indexes; an annotations source's name takes the place of an archive's ID."""
@@ -78,6 +89,10 @@ class DataRoot:
     def kept_archive(self, dataset: str, archive: str, suffix: str) -> Path:
         """Where a fetched archive goes when `keep_archives` is on."""
         return self.path / dataset / "archives" / f"{checked_archive_id(archive)}{suffix}"
+
+
+def _mds_name(subset: str) -> str:
+    return f"mds_{subset}" if subset else "mds"
 
 
 def checked_archive_id(archive: str) -> str:

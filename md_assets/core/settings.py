@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from md_assets.core.errors import SettingsError
+from md_assets.core.spec import DatasetSpec
 
 FORMAT_VERSION = 1
 """Raised when the code writes other bytes for the same settings, so that older archives become stale."""
@@ -30,6 +31,8 @@ class ImageSettings:
         min_image_size: px, ≥ 1; an image is kept when both edges are at least this long.
         max_image_size: px, ≥ min_image_size; a longer smaller edge is resized to it.
         jpeg_quality: 1–100, as libjpeg counts; of images that must be encoded.
+        safety_threshold: ≥ 0; in datasets with safety scores, a sample with a higher one is rejected. Scores are
+            0 to 1, and 2 for images that the source has blurred already. The default is the reference's.
         max_image_pixels: pixels; an image with more is rejected before anything of it is decoded.
             The default is the size at which Pillow reports a decompression bomb as an error (2 × its
             `Image.MAX_IMAGE_PIXELS`).
@@ -40,6 +43,7 @@ class ImageSettings:
     min_image_size: int = 256
     max_image_size: int = 512
     jpeg_quality: int = 95
+    safety_threshold: float = 0.2
     max_image_pixels: int = 178_956_970
     max_member_bytes: int = 256 * 2**20
 
@@ -51,6 +55,8 @@ class ImageSettings:
             )
         if not 1 <= self.jpeg_quality <= 100:
             raise SettingsError(f"jpeg_quality {self.jpeg_quality} is out of range", "Choose 1 to 100.")
+        if not self.safety_threshold >= 0:
+            raise SettingsError(f"safety_threshold {self.safety_threshold} is not at least 0", "Choose 0 to 2.")
         if self.max_image_pixels < 1 or self.max_member_bytes < 1:
             raise SettingsError(
                 f"max_image_pixels {self.max_image_pixels} or max_member_bytes {self.max_member_bytes} is not positive",
@@ -116,17 +122,24 @@ class EncoderSettings:
 
 def raw_settings(images: ImageSettings) -> dict[str, Any]:
     """Everything that decides the bytes of a raw archive, given its source."""
-    return {"format_version": FORMAT_VERSION, "images": asdict(images)}
+    about_pixels = asdict(images)
+    del about_pixels["safety_threshold"]
+    return {"format_version": FORMAT_VERSION, "images": about_pixels}
 
 
-def mds_settings(images: ImageSettings) -> dict[str, Any]:
+def mds_settings(spec: DatasetSpec, images: ImageSettings) -> dict[str, Any]:
     """Everything that decides the bytes of an archive's MDS shards, given its source."""
-    return raw_settings(images)
+    settings = raw_settings(images)
+    if spec.scored:
+        settings["safety_threshold"] = images.safety_threshold
+    if spec.caption_cleaning:
+        settings["caption_cleaning"] = spec.caption_cleaning
+    return settings
 
 
-def latents_settings(images: ImageSettings, encoders: EncoderSettings) -> dict[str, Any]:
-    """Everything that decides the rows of an archive's latents, given its source."""
-    return {**mds_settings(images), "encoders": encoders.as_fingerprinted()}
+def latents_settings(mds: Mapping[str, Any], encoders: EncoderSettings) -> dict[str, Any]:
+    """Everything that decides the rows of an archive's latents, given `mds_settings` and its source."""
+    return {**mds, "encoders": encoders.as_fingerprinted()}
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:

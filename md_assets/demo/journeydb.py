@@ -17,7 +17,7 @@ from pathlib import Path
 
 from md_assets.core.ledger import Reason
 from md_assets.core.source import HubFile
-from md_assets.datasets.jdb import REPO, SPEC
+from md_assets.datasets.jdb import ANNOTATION_FILES, REPO, SPEC, locate
 from md_assets.demo.drawings import draw
 
 SAMPLES_PER_ARCHIVE = 40
@@ -100,10 +100,10 @@ def write_miniature_journeydb(
     prompts: dict[str, dict[str, str]] = {split: {} for split in SPEC.splits}
     for archive in archives:
         content = miniature_archive(archive, samples, size_px)
-        write_tgz(unfinished / SPEC.locate(archive).path, content.members)
+        write_tgz(unfinished / locate(archive).path, content.members)
         prompts[SPEC.split_of(archive)].update(content.prompts)
-    for source in SPEC.annotations:
-        write_annotations(unfinished, source.file, prompts[source.name])
+    for split, path in ANNOTATION_FILES.items():
+        write_annotations(unfinished, HubFile(REPO, path), prompts[split])
     unfinished.rename(repository)
     return repository
 

@@ -40,7 +40,7 @@ class ArchiveRun:
 
     def __init__(self, context: dg.AssetExecutionContext, stage_dir: StageDir, upstream: StageDir | None) -> None:
         self._context = context
-        self._key = dg.AssetKey([stage_dir.dataset, stage_dir.stage])
+        self._key = dg.AssetKey([stage_dir.dataset, stage_dir.asset])
         self._stage_dir = stage_dir
         self._upstream = upstream
         self._name = self._key.to_user_string()

@@ -15,6 +15,7 @@ from md_assets.core.settings import DEFAULT_TEXT_ENCODER, DEFAULT_VAE, EncoderSe
 from md_assets.storage.hub import HubClient
 from md_assets.storage.models import text_encoder_revision, vae_revision
 from md_assets.storage.retry import TransferPolicy
+from md_assets.storage.sources import Sources
 
 VAE_VARIABLE = "MD_ASSETS_VAE"
 TEXT_ENCODER_VARIABLE = "MD_ASSETS_TEXT_ENCODER"
@@ -62,6 +63,10 @@ class HubResource(dg.ConfigurableResource):
         )
         return HubClient(endpoint=self.endpoint, token=self.token, revisions=self.revisions, policy=policy)
 
+    def sources(self) -> Sources:
+        """Every source, with this Hub among them; make one for each run."""
+        return Sources(self.client())
+
     def environment(self) -> dict[str, str]:
         """The same Hub and account for processes in which huggingface_hub is called by other libraries."""
         variables = {"HF_ENDPOINT": self.endpoint, "HF_TOKEN": self.token}
@@ -79,6 +84,11 @@ class ImagesResource(dg.ConfigurableResource):
         default=_IMAGES.max_image_size, description="px; a smaller edge that is longer is resized to this, aspect kept."
     )
     jpeg_quality: int = Field(default=_IMAGES.jpeg_quality, description="1 to 100, of images that must be encoded.")
+    safety_threshold: float = Field(
+        default=_IMAGES.safety_threshold,
+        description="Samples with a higher safety score are rejected, where the dataset has scores (diffdb): 0 to 1, "
+        "and 2 for what the source has blurred.",
+    )
     max_image_pixels: int = Field(
         default=_IMAGES.max_image_pixels, description="Pixels; an image with more is rejected before it is decoded."
     )
@@ -96,6 +106,7 @@ class ImagesResource(dg.ConfigurableResource):
             min_image_size=self.min_image_size,
             max_image_size=self.max_image_size,
             jpeg_quality=self.jpeg_quality,
+            safety_threshold=self.safety_threshold,
             max_image_pixels=self.max_image_pixels,
             max_member_bytes=self.max_member_bytes,
         )

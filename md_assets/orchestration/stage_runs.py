@@ -13,7 +13,7 @@ from typing import Any
 
 import dagster as dg
 
-from md_assets.core.errors import MdAssetsError
+from md_assets.core.errors import MdAssetsError, SourceError
 from md_assets.core.paths import DataRoot, StageDir
 from md_assets.core.progress import ProgressLines
 from md_assets.core.settings import latents_settings, mds_settings
@@ -29,16 +29,16 @@ ABSENT_SHOWN = 20
 
 def observe_archives(context: Any, spec: DatasetSpec, hub: HubResource) -> dg.DataVersionsByPartition:
     """The content id of each archive that the source has, from one listing of each repository."""
-    client = hub.client()
+    sources = hub.sources()
     content_ids, absent = {}, []
     with _run_failures():
         for archive in spec.archives:
-            file = spec.locate(archive)
-            remote = client.listing(file.repo, file.repo_type).files.get(file.path)
-            if remote is None:
+            try:
+                content_ids[archive] = sources.locate(spec.locate(archive)).content_id
+            except SourceError as error:
+                if error.reason != "not_found":
+                    raise
                 absent.append(archive)
-            else:
-                content_ids[archive] = remote.content_id
     context.log.info(f"{spec.slug}/archive: {len(content_ids)} archives at the source, {len(absent)} absent")
     if absent:
         context.log.warning(f"{spec.slug}/archive: absent at the source: {', '.join(absent[:ABSENT_SHOWN])}")
@@ -49,14 +49,14 @@ def index_captions(context: dg.AssetExecutionContext, spec: DatasetSpec, hub: Hu
     """Index all annotation files of a dataset."""
     from md_assets.stages.annotations import index_annotations
 
-    client, root = hub.client(), DataRoot.from_environment()
+    sources, root = hub.sources(), DataRoot.from_environment()
     progress = ProgressLines(spec.slug, context.log.info)
     metadata: dict[str, Any] = {}
     versions = []
     for source in spec.annotations:
         with _run_failures():
-            remote = client.locate(source.file)
-            ledger = index_annotations(spec, source, remote, root, fetcher=client, report=progress).ledger
+            remote = sources.locate(source.file)
+            ledger = index_annotations(spec, source, remote, root, fetcher=sources, report=progress).ledger
         versions.append(ledger.content_id[:16])
         metadata[f"{source.name}_rows"] = ledger.kept
         metadata[f"{source.name}_source"] = f"{ledger.source['name']} @ {ledger.source['revision']}"
@@ -73,7 +73,7 @@ def fetch_archives(
     from md_assets.stages.raw import fetch_archive
     from md_assets.storage.image_pool import ImagePool
 
-    client, root, settings = hub.client(), DataRoot.from_environment(), images.settings()
+    sources, root, settings = hub.sources(), DataRoot.from_environment(), images.settings()
     run = ArchiveRun(context, root.raw(spec.slug), None)
     with ImagePool(images.num_workers) as pool:
         run.each(
@@ -81,10 +81,10 @@ def fetch_archives(
             lambda archive: fetch_archive(
                 spec,
                 archive,
-                lambda: client.locate(spec.locate(archive)),
+                lambda: sources.locate(spec.locate(archive)),
                 root,
                 settings,
-                fetcher=client,
+                fetcher=sources,
                 pool=pool,
                 keep_archive=hub.keep_archives,
                 report=run.progress,
@@ -128,7 +128,7 @@ def encode_archives(
             data_root=str(root.path),
             dataset=spec.slug,
             archives=tuple(archives_of(context, spec)),
-            images=images.settings(),
+            mds_settings=mds_settings(spec, images.settings()),
             encoders=encoders.settings(hub.client()),
             encoder_tag=encoders.tag(),
             batch_size=encoders.batch_size,
@@ -152,7 +152,7 @@ def encode_archives(
 
 def merge_mds(spec: DatasetSpec, images: ImagesResource) -> dg.MaterializeResult:
     """The merged indexes of mds, one for each split."""
-    return _merge(spec, DataRoot.from_environment().mds(spec.slug), mds_settings(images.settings()))
+    return _merge(spec, DataRoot.from_environment().mds(spec.slug), mds_settings(spec, images.settings()))
 
 
 def merge_latents(
@@ -161,7 +161,8 @@ def merge_latents(
     """The merged indexes of the latents of one encoder pair, one for each split."""
     stage_dir = DataRoot.from_environment().latents(spec.slug, encoders.tag())
     with _run_failures():
-        settings = latents_settings(images.settings(), encoders.settings(hub.client()))
+        mds = mds_settings(spec, images.settings())
+        settings = latents_settings(mds, encoders.settings(hub.client()))
     return _merge(spec, stage_dir, settings)
 
 
@@ -185,7 +186,7 @@ def _merge(spec: DatasetSpec, stage_dir: StageDir, settings: Mapping[str, Any]) 
         samples += index.samples
     if not metadata:
         raise dg.Failure(
-            f"{spec.slug}/{stage_dir.stage}: no archive is published with these settings. Materialize some first.",
+            f"{spec.slug}/{stage_dir.asset}: no archive is published with these settings. Materialize some first.",
             allow_retries=False,
         )
     return dg.MaterializeResult(

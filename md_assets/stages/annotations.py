@@ -74,7 +74,7 @@ def index_annotations(
         out = scratch(workspace, "out")
         index = out / stage_dir.data(source.name).name
         with CaptionIndexWriter(index, scratch(workspace, "spill"), spec.archives) as writer:
-            rejected, faults, read = _add_rows(spec, source, file, writer, report)
+            rejected, faults, read = _add_rows(spec, source, remote.name, file, writer, report)
             kept, duplicates = writer.finish()
         if duplicates:
             rejected[Reason.DUPLICATE_KEY] = duplicates
@@ -101,7 +101,12 @@ def index_annotations(
 
 
 def _add_rows(
-    spec: DatasetSpec, source: AnnotationSource, file: Path, writer: CaptionIndexWriter, report: ReportProgress
+    spec: DatasetSpec,
+    source: AnnotationSource,
+    name: str,
+    file: Path,
+    writer: CaptionIndexWriter,
+    report: ReportProgress,
 ) -> tuple[dict[str, list[str]], list[str], int]:
     """Feed every row of the file to `writer`; returns rejected rows by reason, the first faults, rows read."""
     rejected: dict[str, list[str]] = {}
@@ -118,7 +123,7 @@ def _add_rows(
         missing = [column for column in source.columns if column not in columns_seen]
         if read and missing:
             raise MdAssetsError(
-                f"{source.file.path} has no column {', '.join(missing)} in its first {read} rows",
+                f"{name} has no column {', '.join(missing)} in its first {read} rows",
                 "Upstream changed its format; pin an older revision of the repository or report it",
             )
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
@@ -26,7 +26,7 @@ from md_assets.core.errors import ArchiveError, MdAssetsError
 from md_assets.core.ledger import Ledger
 from md_assets.core.paths import DataRoot, StageDir
 from md_assets.core.schema import latents_columns
-from md_assets.core.settings import EncoderSettings, ImageSettings, latents_settings, mds_settings
+from md_assets.core.settings import EncoderSettings, latents_settings
 from md_assets.stages.once import archive_errors, current, upstream_ledger, versions_of
 from md_assets.storage.mds import Shard, ShardWriter, ledgered_files, read_index
 from md_assets.storage.publish import BusyError, publish, scratch, with_files, workspace
@@ -67,7 +67,7 @@ class LatentsPlan:
         data_root: absolute path of the data root.
         dataset: slug.
         archives: IDs, in the order in which they are encoded.
-        images: the settings that mds must have been made with.
+        mds_settings: those that mds must have been made with (`core.settings.mds_settings`).
         encoders: what is computed and stored.
         encoder_tag: of the output's path, see `core.encoder_tag`.
         batch_size: rows that go through the models at once.
@@ -78,7 +78,7 @@ class LatentsPlan:
     data_root: str
     dataset: str
     archives: tuple[str, ...]
-    images: ImageSettings
+    mds_settings: Mapping[str, Any]
     encoders: EncoderSettings
     encoder_tag: str
     batch_size: int = 32
@@ -99,7 +99,6 @@ class LatentsPlan:
             **{
                 **body,
                 "archives": tuple(body["archives"]),
-                "images": ImageSettings(**body["images"]),
                 "encoders": EncoderSettings(**encoders),
             }
         )
@@ -107,7 +106,7 @@ class LatentsPlan:
     @property
     def settings(self) -> dict[str, Any]:
         """What decides the rows of an archive."""
-        return latents_settings(self.images, self.encoders)
+        return latents_settings(self.mds_settings, self.encoders)
 
     @property
     def mds_dir(self) -> StageDir:
@@ -125,7 +124,7 @@ class LatentsPlan:
         Raises:
             ArchiveError: mds is not published, does not balance, or was made with other image settings.
         """
-        return upstream_ledger(self.mds_dir, archive, mds_settings(self.images))
+        return upstream_ledger(self.mds_dir, archive, self.mds_settings)
 
     def current(self, archive: str) -> Ledger | None:
         """The archive's latents ledger if there is nothing to do, else None.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from md_assets.core.errors import ArchiveError
 from md_assets.core.ledger import Ledger, Reason
@@ -52,7 +53,7 @@ def convert_archive(
     with archive_errors(spec.slug, archive):
         raw = upstream_ledger(raw_dir, archive, raw_settings(images))
         annotations = _annotations_ledger(spec, archive, root)
-    inputs = {"raw": raw.content_id}
+    settings, inputs = mds_settings(spec, images), {"raw": raw.content_id}
     if annotations is not None:
         inputs["annotations"] = annotations.content_id
 
@@ -61,9 +62,11 @@ def convert_archive(
         if annotations is not None:
             captions = read_captions(root.annotations(spec.slug).data(annotations.archive), archive)
         shards = scratch(workspace, "shards")
-        return Made(shards, _write_shards(spec, archive, raw, raw_dir.data(archive), captions, shards, inputs, report))
+        return Made(
+            shards, _write_shards(spec, archive, raw, raw_dir.data(archive), captions, shards, settings, inputs, report)
+        )
 
-    return once(root.mds(spec.slug), archive, mds_settings(images), inputs, make, on_wait)
+    return once(root.mds(spec.slug), archive, settings, inputs, make, on_wait)
 
 
 def _annotations_ledger(spec: DatasetSpec, archive: str, root: DataRoot) -> Ledger | None:
@@ -89,6 +92,7 @@ def _write_shards(
     raw_tar: Path,
     captions: Mapping[str, str],
     directory: Path,
+    settings: Mapping[str, Any],
     inputs: Mapping[str, str],
     report: ReportProgress,
 ) -> Ledger:
@@ -138,7 +142,7 @@ def _write_shards(
         seconds=0.0,
         source=raw.source,
         inputs=dict(inputs),
-        settings=raw.settings,
+        settings=dict(settings),
         versions=versions_of("mosaicml-streaming"),
         files=(),
         details=details,

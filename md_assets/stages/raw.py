@@ -16,7 +16,7 @@ from md_assets.core.paths import DataRoot
 from md_assets.core.progress import Progress, ReportProgress, silent
 from md_assets.core.settings import ImageSettings, raw_settings
 from md_assets.core.source import BytesProgress, RemoteFile
-from md_assets.core.spec import DatasetSpec, Rejected, Sample
+from md_assets.core.spec import DatasetSpec, OrphanCaption, Rejected, Sample
 from md_assets.stages.once import Made, Outcome, archive_errors, once, versions_of
 from md_assets.storage.archives import iter_members
 from md_assets.storage.image_pool import Prepared
@@ -110,9 +110,18 @@ def _keep_images(
         consumed_bytes = position
 
     members = iter_members(upstream, spec.archive_format, images.max_member_bytes, on_position)
-    samples = _unique(spec.read_samples(archive, members))
+    orphans = 0
+
+    def samples() -> Iterator[Sample | Rejected]:
+        nonlocal orphans
+        for sample in spec.read_samples(archive, members):
+            if isinstance(sample, OrphanCaption):
+                orphans += 1
+            else:
+                yield sample
+
     with RawTarWriter(tar_path) as writer:
-        for prepared in pool.prepare(samples, images):
+        for prepared in pool.prepare(_unique(samples()), images):
             read += 1
             if isinstance(prepared, Rejected):
                 rejected[prepared.reason].append(prepared.key)
@@ -137,7 +146,7 @@ def _keep_images(
         settings=raw_settings(images),
         versions=versions_of("pillow"),
         files=(),
-        details={"stored_unchanged": originals},
+        details={"stored_unchanged": originals, "orphan_captions": orphans},
     )
     return with_files(ledger, (writer.output_file(tar_name),)), tar_path
 

@@ -19,8 +19,16 @@ from md_assets.core.settings import (
     mds_settings,
     raw_settings,
 )
+from md_assets.core.source import HubFile
+from md_assets.core.spec import AnnotationSource, Caption, DatasetSpec
 
+PLAIN = DatasetSpec("plain", "Plain", "", ("a",), "tar", lambda a: HubFile("o/n", a), lambda a, m: iter(()))
+SCORED = dataclasses.replace(
+    PLAIN,
+    annotations=(AnnotationSource("all", HubFile("o/n", "x"), (), lambda row: Caption("a", "k", ""), scored=True),),
+)
 IMAGES = ImageSettings()
+MDS = mds_settings(PLAIN, IMAGES)
 ENCODERS = EncoderSettings(DEFAULT_VAE, DEFAULT_TEXT_ENCODER, "a" * 40, "b" * 40)
 
 NESTED = st.recursive(
@@ -58,12 +66,27 @@ def test_fingerprint_stays_what_ledgers_on_disk_say() -> None:
     assert fingerprint({"b": [1, "é"], "a": {"x": None}}) == fingerprint({"a": {"x": None}, "b": [1, "é"]})
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ImageSettings)])
-def test_every_image_setting_is_in_every_stages_fingerprint(field: str) -> None:
+@pytest.mark.parametrize(
+    "field", [field.name for field in dataclasses.fields(ImageSettings) if field.name != "safety_threshold"]
+)
+def test_every_setting_of_pixels_is_in_every_stages_fingerprint(field: str) -> None:
     changed = dataclasses.replace(IMAGES, **{field: getattr(IMAGES, field) - 1})
     assert fingerprint(raw_settings(changed)) != fingerprint(raw_settings(IMAGES))
-    assert fingerprint(mds_settings(changed)) != fingerprint(mds_settings(IMAGES))
-    assert fingerprint(latents_settings(changed, ENCODERS)) != fingerprint(latents_settings(IMAGES, ENCODERS))
+    mds = mds_settings(PLAIN, changed)
+    assert fingerprint(mds) != fingerprint(MDS)
+    assert fingerprint(latents_settings(mds, ENCODERS)) != fingerprint(latents_settings(MDS, ENCODERS))
+
+
+def test_the_safety_threshold_makes_stale_only_what_it_decides() -> None:
+    stricter = dataclasses.replace(IMAGES, safety_threshold=0.1)
+    assert raw_settings(stricter) == raw_settings(IMAGES)
+    assert mds_settings(PLAIN, stricter) == MDS
+    assert fingerprint(mds_settings(SCORED, stricter)) != fingerprint(mds_settings(SCORED, IMAGES))
+
+
+def test_the_way_of_cleaning_captions_is_in_the_fingerprint_of_shards() -> None:
+    cleaned = dataclasses.replace(PLAIN, caption_cleaning="deepfloyd")
+    assert fingerprint(mds_settings(cleaned, IMAGES)) != fingerprint(MDS)
 
 
 @pytest.mark.parametrize(
@@ -80,12 +103,12 @@ def test_every_image_setting_is_in_every_stages_fingerprint(field: str) -> None:
 )
 def test_what_decides_the_latents_is_in_their_fingerprint(field: str, value: object) -> None:
     changed = dataclasses.replace(ENCODERS, **{field: value})
-    assert fingerprint(latents_settings(IMAGES, changed)) != fingerprint(latents_settings(IMAGES, ENCODERS))
+    assert fingerprint(latents_settings(MDS, changed)) != fingerprint(latents_settings(MDS, ENCODERS))
 
 
 def test_a_mirror_of_the_same_weights_makes_nothing_stale() -> None:
     moved = dataclasses.replace(ENCODERS, vae="/models/vae", text_encoder="openclip:local-dir:/models/clip")
-    assert fingerprint(latents_settings(IMAGES, moved)) == fingerprint(latents_settings(IMAGES, ENCODERS))
+    assert fingerprint(latents_settings(MDS, moved)) == fingerprint(latents_settings(MDS, ENCODERS))
 
 
 def test_every_encoder_setting_is_fingerprinted_or_a_place() -> None:
@@ -95,7 +118,7 @@ def test_every_encoder_setting_is_fingerprinted_or_a_place() -> None:
 
 def test_settings_come_back_from_json_as_they_are() -> None:
     """Ledgers are compared after a trip through JSON, which knows no tuples."""
-    settings = latents_settings(IMAGES, ENCODERS)
+    settings = latents_settings(MDS, ENCODERS)
     assert json.loads(json.dumps(settings)) == settings
 
 
@@ -108,11 +131,13 @@ def test_settings_come_back_from_json_as_they_are() -> None:
         {"max_image_size": 255},
         {"jpeg_quality": 0},
         {"jpeg_quality": 101},
+        {"safety_threshold": -0.1},
+        {"safety_threshold": float("nan")},
         {"max_image_pixels": 0},
         {"max_member_bytes": 0},
     ],
 )
-def test_image_settings_out_of_range_are_refused_with_a_remedy(changes: dict[str, int]) -> None:
+def test_image_settings_out_of_range_are_refused_with_a_remedy(changes: dict[str, Any]) -> None:
     with pytest.raises(SettingsError) as caught:
         ImageSettings(**changes)
     assert next(iter(changes)) in caught.value.what
@@ -157,5 +182,6 @@ def test_encoder_settings_out_of_range_are_refused_with_a_remedy(changes: dict[s
 def test_defaults_of_the_contract() -> None:
     assert (IMAGES.min_image_size, IMAGES.max_image_size) == (256, 512)
     assert IMAGES.jpeg_quality >= 90
+    assert IMAGES.safety_threshold == 0.2
     assert (ENCODERS.image_resolutions, ENCODERS.save_dtype) == ((256, 512), "float16")
     assert not ENCODERS.save_images

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from md_assets.core.paths import DataRoot
-from md_assets.core.settings import ImageSettings
+from md_assets.core.settings import ImageSettings, mds_settings
+from md_assets.datasets.jdb import SPEC as JDB
 from md_assets.orchestration import latents_worker
 from md_assets.orchestration.latents_worker import EventLog, Forwarder, dealt, events_path, main, progress_line
 from md_assets.stages.latents import LatentsPlan, encode_archives
@@ -40,7 +41,7 @@ def plan(tmp_path: Path, tiny_encoders, mds_rows, publish_mds) -> LatentsPlan:
         str(tmp_path),
         "jdb",
         tuple(COUNTS),
-        ImageSettings(),
+        mds_settings(JDB, ImageSettings()),
         tiny_encoders.settings(),
         "tiny",
         batch_size=4,

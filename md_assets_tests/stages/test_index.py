@@ -17,12 +17,13 @@ from md_assets.core.errors import MdAssetsError
 from md_assets.core.ledger import Ledger
 from md_assets.core.paths import DataRoot, StageDir
 from md_assets.core.settings import ImageSettings, fingerprint, mds_settings
+from md_assets.datasets.jdb import SPEC
 from md_assets.stages.index import METADATA_KEY, MergedIndex, merge_indexes
 from md_assets.storage.mds import INDEX_NAME, iter_rows
 from md_assets.storage.publish import output_file, read_ledger
 from md_assets_tests.stages.conftest import LATENT_SHAPES, LAYOUT
 
-SETTINGS = mds_settings(ImageSettings())
+SETTINGS = mds_settings(SPEC, ImageSettings())
 COUNTS = {"train/000": 3, "train/001": 2, "train/003": 4}
 ARCHIVES = [f"train/{number:03}" for number in range(5)]
 
@@ -110,7 +111,7 @@ def test_stale_missing_and_empty_ones_are_left_out_and_listed(
     assert merged.archives == ("train/000", "train/003") and (merged.samples, merged.shards) == (7, 2)
     assert (merged.stale, merged.missing, merged.empty) == (("train/001",), ("train/002",), ("train/004",))
     assert [row["key"][:9] for row in streamed(stage_dir.path / "train")] == ["train/000"] * 3 + ["train/003"] * 4
-    assert merge(stage_dir, mds_settings(ImageSettings(jpeg_quality=90))).archives == ("train/001",)
+    assert merge(stage_dir, mds_settings(SPEC, ImageSettings(jpeg_quality=90))).archives == ("train/001",)
 
 
 def test_nothing_is_written_where_nothing_can_be_merged(tmp_path: Path, publish_mds: Any) -> None:

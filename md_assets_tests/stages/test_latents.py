@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from md_assets.core.errors import ArchiveError, MdAssetsError, SettingsError
 from md_assets.core.paths import DataRoot
-from md_assets.core.settings import ImageSettings
+from md_assets.core.settings import ImageSettings, mds_settings
+from md_assets.datasets.jdb import SPEC as JDB
 from md_assets.encoders.bundle import Encoders
 from md_assets.stages import latents
 from md_assets.stages.latents import LatentsPlan, encode_archives
@@ -36,7 +37,7 @@ def plan(tmp_path: Path, tiny_encoders, mds_rows, publish_mds) -> LatentsPlan:
         str(tmp_path),
         "jdb",
         tuple(COUNTS),
-        ImageSettings(),
+        mds_settings(JDB, ImageSettings()),
         tiny_encoders.settings(),
         "tiny",
         batch_size=3,
@@ -95,7 +96,9 @@ def test_importing_the_stage_imports_no_torch() -> None:
 
 
 def test_a_plan_survives_json(plan: LatentsPlan) -> None:
-    other = replace(plan, images=ImageSettings(jpeg_quality=90), device="cuda:1", num_workers=3)
+    other = replace(
+        plan, mds_settings=mds_settings(JDB, ImageSettings(jpeg_quality=90)), device="cuda:1", num_workers=3
+    )
     for one in (plan, other):
         assert LatentsPlan.from_json(one.to_json()) == one
 
@@ -189,11 +192,11 @@ def test_a_damaged_archive_fails_alone(
 
 
 def test_mds_of_other_settings_is_refused(plan: LatentsPlan) -> None:
-    events = run(replace(plan, images=ImageSettings(min_image_size=300)))
+    events = run(replace(plan, mds_settings=mds_settings(JDB, ImageSettings(min_image_size=300))))
     assert kinds(events) == dict.fromkeys(COUNTS, "failed")
     assert events["train/000"]["reason"] == "stale"
     with pytest.raises(ArchiveError, match="made with other settings"):
-        replace(plan, images=ImageSettings(min_image_size=300)).upstream("train/000")
+        replace(plan, mds_settings=mds_settings(JDB, ImageSettings(min_image_size=300))).upstream("train/000")
 
 
 def test_mds_that_changes_meanwhile_is_noticed(

@@ -17,6 +17,7 @@ from md_assets.core.paths import DataRoot
 from md_assets.core.progress import Progress
 from md_assets.core.schema import MDS_COLUMNS
 from md_assets.core.settings import ImageSettings, mds_settings
+from md_assets.datasets.jdb import SPEC
 from md_assets.demo.journeydb import REJECTED_BY_MDS, miniature_archive
 from md_assets.stages.once import published
 from md_assets.storage.mds import iter_rows, read_index, verify_shards
@@ -66,7 +67,7 @@ def test_the_join_is_exact(ready: JourneyDb) -> None:
     assert annotations is not None
     assert ledger.inputs == {"raw": raw.content_id, "annotations": annotations.content_id}
     assert (ledger.source, ledger.bytes_in) == (raw.source, raw.bytes_out)
-    assert ledger.settings == mds_settings(ImageSettings())
+    assert ledger.settings == mds_settings(SPEC, ImageSettings())
     assert verify_shards(ready.dir("mds").data("train/000")) == 6
     assert ready.temporaries() == []
 

@@ -1,0 +1,1 @@
+"""Every source behind one door."""
