@@ -5,13 +5,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SYSTEM_PACKAGES := chromium# what Debian must bring: a real browser for the tests that look at Dagster's pages
 
+TEST_PROCESSES := 2# at a time; most tests wait for processes that they start, and some of these need a core each
+
 .DEFAULT_GOAL := help
 .PHONY: help venv demo demo-ui check lint types layers test test-fast chromium system-packages constraints tables clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(STAMP) ## a miniature JourneyDB from a loopback Hub to latents that a trainer loads
+demo: $(STAMP) ## miniatures of all six datasets from loopback servers to latents that a trainer mixes
 	@$(BIN)/md-assets demo
 
 demo-ui: $(STAMP) ## the demo's data in Dagster's UI, with the Hub still answering
@@ -32,7 +34,7 @@ layers: $(STAMP) ## import-linter: who may import whom
 	$(BIN)/lint-imports
 
 test: $(STAMP) chromium ## the whole suite; ARGS='-k word' for a part of it
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 test-fast: $(STAMP) ## without process kills, browsers, environments and whole pipelines
 	$(BIN)/pytest -m "not slow" $(ARGS)

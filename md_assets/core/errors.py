@@ -53,7 +53,7 @@ class SourceError(MdAssetsError):
     Args:
         what, remedy: see `MdAssetsError`.
         reason: `gated`, `unauthorized`, `not_found`, `rate_limited`, `server_error`, `timeout`,
-            `connection`, `size_mismatch`, `checksum_mismatch`, `disk_full` or `busy`.
+            `connection`, `size_mismatch`, `checksum_mismatch`, `link_expired`, `disk_full` or `busy`.
         transient: whether waiting may help (429, 5xx, time-outs, cut connections).
         retry_after_s: how long the server asked to wait, in seconds, where it said so.
     """

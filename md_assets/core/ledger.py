@@ -25,6 +25,7 @@ class Reason:
     NO_CAPTION = "no_caption"
     DUPLICATE_KEY = "duplicate_key"
     UNSAFE_MEMBER = "unsafe_member"
+    UNREADABLE_MEMBER = "unreadable_member"
     NSFW = "nsfw"
     FURTHER_CAPTION = "further_caption"
     NOT_IN_SUBSET = "not_in_subset"
@@ -37,6 +38,19 @@ class OutputFile:
     path: str
     bytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The mark of an archive whose data were removed on purpose; its accounting stays.
+
+    Attributes:
+        at: when, ISO 8601 in UTC.
+        bytes_freed: size of what was removed.
+    """
+
+    at: str
+    bytes_freed: int
 
 
 @dataclass(frozen=True)
@@ -57,6 +71,7 @@ class Ledger:
         versions: package -> version of the software that decides them.
         files: what was published.
         details: further facts of the stage, e.g. `orphan_captions` or the latents' shapes.
+        pruned: set once the data were removed; nothing else changes then, so that what was made of them stays current.
     """
 
     dataset: str
@@ -74,6 +89,7 @@ class Ledger:
     versions: dict[str, str]
     files: tuple[OutputFile, ...]
     details: dict[str, Any] = field(default_factory=dict)
+    pruned: Pruned | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -99,8 +115,12 @@ class Ledger:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def is_current(self, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
-        """Whether the archive was made from these inputs with these settings."""
-        return self.fingerprint == fingerprint(settings) and self.inputs == dict(inputs)
+        """Whether the archive was made from these inputs with these settings.
+
+        An empty content id, of a source that does not tell it beforehand, counts as the one that was read.
+        """
+        same = all(self.inputs.get(name) == content_id for name, content_id in inputs.items() if content_id)
+        return same and self.inputs.keys() == inputs.keys() and self.fingerprint == fingerprint(settings)
 
     def to_json(self) -> str:
         """The file's text; reading it back gives an equal ledger."""
@@ -125,9 +145,58 @@ class Ledger:
             body = json.loads(text)
             said_fingerprint, said_content_id = body.pop("fingerprint"), body.pop("content_id")
             body["files"] = tuple(OutputFile(**f) for f in body["files"])
+            body["pruned"] = Pruned(**pruned) if (pruned := body.get("pruned")) else None
             ledger = cls(**body)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise MdAssetsError(f"{where} is no ledger: {error}", "Delete it and run the archive again.") from error
         if (ledger.fingerprint, ledger.content_id) != (said_fingerprint, said_content_id):
             raise MdAssetsError(f"{where} was edited after it was written", "Delete it and run the archive again.")
         return ledger
+
+
+@dataclass(frozen=True)
+class LedgerNumbers:
+    """What statistics need of a ledger, read at a fraction of the cost: nothing that it says of itself is recomputed.
+
+    Attributes:
+        rejected: reason -> samples.
+        files: path relative to the stage's directory -> bytes.
+        settings: those of the ledger, which `fingerprint` stands for.
+
+    The others are as in `Ledger`.
+    """
+
+    archive: str
+    fingerprint: str
+    content_id: str
+    read: int
+    kept: int
+    rejected: dict[str, int]
+    bytes_out: int
+    seconds: float
+    inputs: dict[str, str]
+    settings: dict[str, Any]
+    files: dict[str, int]
+    pruned: Pruned | None
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str) -> LedgerNumbers:
+        """Parse a ledger; see `Ledger.from_json`, which also finds what was edited in it."""
+        try:
+            body = json.loads(text)
+            return cls(
+                archive=body["archive"],
+                fingerprint=body["fingerprint"],
+                content_id=body["content_id"],
+                read=body["read"],
+                kept=body["kept"],
+                rejected={reason: len(keys) for reason, keys in body["rejected"].items()},
+                bytes_out=body["bytes_out"],
+                seconds=body["seconds"],
+                inputs=body["inputs"],
+                settings=body["settings"],
+                files={file["path"]: file["bytes"] for file in body["files"]},
+                pruned=Pruned(**pruned) if (pruned := body.get("pruned")) else None,
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise MdAssetsError(f"{where} is no ledger: {error}", "Delete it and run the archive again.") from error

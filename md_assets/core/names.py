@@ -5,6 +5,8 @@ Here: text to text. Not here: reading archives, see `storage.archives`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 """Endings, in lower case, that a sample's key is given without."""
 
@@ -45,6 +47,8 @@ def _parts(name: str) -> list[str]:
 
 
 def _safe_part(part: str) -> str:
+    if part.isprintable() and "%" not in part and "\\" not in part:
+        return part  # nearly always, in a fraction of the time
     return "".join(map(_safe_character, part))
 
 
@@ -76,3 +80,9 @@ def sample_key(archive: str, name: str) -> str:
     if dot and stem and f".{suffix.lower()}" in IMAGE_SUFFIXES:
         name = stem
     return f"{archive}/{name.replace('.', '%2E')}"
+
+
+def first_of(names: Sequence[str], count: int = 3) -> str:
+    """The first of many names, and how many more there are: `a, b, c and 9 more`."""
+    more = f" and {len(names) - count:,} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more

@@ -28,20 +28,32 @@ LATENT_DOWNSCALE = 8
 ITEM_BYTES = {"float16": 2, "float32": 4}
 """Bytes of one stored element, by `save_dtype`."""
 
+LATENT_MODES = ("sample", "mean", "moments")
+"""What `latents_<px>` holds of the VAE's posterior, normalised: a sample, its mean, or its mean and then its standard
+deviation, one below the other (2C×h×w), from which a reader draws `mean + std × noise` anew in each epoch."""
+
+CAPTION_LENGTH_COLUMN = "caption_length"
+"""Leading positions of `caption_latents` that belong to the caption; the rest is padding to be masked. Only where the
+text encoder masks padding itself (T5)."""
+
 
 def latents_column(resolution_px: int) -> str:
     """Name of the column with the image latents of one resolution, e.g. `latents_256`."""
     return f"latents_{resolution_px}"
 
 
-def latents_columns(resolutions_px: Sequence[int], save_images: bool) -> dict[str, str]:
+def latents_columns(
+    resolutions_px: Sequence[int], save_images: bool, with_caption_length: bool = False
+) -> dict[str, str]:
     """Column -> MDS encoding of the latents stage.
 
-    `caption_latents` is 1×L×D, `latents_<px>` is C×(px/8)×(px/8), both row-major in `save_dtype`.
+    `caption_latents` is 1×L×D, `latents_<px>` is C×(px/8)×(px/8) (see `LATENT_MODES`), both row-major in `save_dtype`.
     """
     columns = {"key": "str", "caption": "str", "caption_latents": "bytes"}
     columns |= {latents_column(px): "bytes" for px in resolutions_px}
     columns |= {"width": "int32", "height": "int32"}
+    if with_caption_length:
+        columns[CAPTION_LENGTH_COLUMN] = "int32"
     if save_images:
         columns["jpg"] = "jpeg"
     return columns

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from md_assets.core.errors import SettingsError
-from md_assets.core.spec import DatasetSpec
+from md_assets.core.schema import LATENT_MODES
+from md_assets.core.spec import DatasetSpec, Subset
 
 FORMAT_VERSION = 1
 """Raised when the code writes other bytes for the same settings, so that older archives become stale."""
@@ -69,15 +70,18 @@ class EncoderSettings:
     """Which encoders make the latents, and what is stored of them.
 
     Attributes:
-        vae: a Hub repository with a subfolder `vae`, or a local folder with one, or a bare VAE folder.
-        text_encoder: `openclip:hf-hub:REPO` or `openclip:local-dir:PATH`.
+        vae: a Hub repository or a local folder, of a pipeline (with a subfolder `vae`) or of a VAE alone.
+        text_encoder: `openclip:hf-hub:REPO` or `openclip:local-dir:PATH`; or a CLIP or T5 encoder of transformers by
+            repository or folder, of a pipeline (with `text_encoder` and `tokenizer`) or of the model alone.
         vae_revision, text_encoder_revision: commit or content digest of each model's files
             (see `storage.models`), so that other weights under the same name are other settings.
         image_resolutions: px, multiples of 8; each gives a column `latents_<px>`.
         model_dtype: of weights and activations: `auto` (bfloat16 on a GPU, float32 on a CPU), `float32`, `bfloat16`
             or, where the VAE bears it, `float16`.
         save_dtype: of the stored arrays: `float16` or `float32`.
-        seed: of the posterior noise; the noise of a sample depends on the seed and its key only.
+        latent_mode: what is stored of the VAE's posterior, see `core.schema.LATENT_MODES`.
+        seed: of the posterior noise; the noise of a sample depends on the seed and its key only. Decides nothing in the
+            other modes than `sample`.
         save_images: whether the JPEG goes into the latents' shards too.
 
     Where a model runs (device, batch size, processes) is not in here: it moves values by rounding only, and a run that
@@ -91,6 +95,7 @@ class EncoderSettings:
     image_resolutions: tuple[int, ...] = (256, 512)
     model_dtype: str = "auto"
     save_dtype: str = "float16"
+    latent_mode: str = "sample"
     seed: int = 0
     save_images: bool = False
 
@@ -111,6 +116,8 @@ class EncoderSettings:
             )
         if self.save_dtype not in ("float16", "float32"):
             raise SettingsError(f"save_dtype {self.save_dtype!r} is unknown", "Use float16 or float32.")
+        if self.latent_mode not in LATENT_MODES:
+            raise SettingsError(f"latent_mode {self.latent_mode!r} is unknown", f"Use one of {', '.join(LATENT_MODES)}.")
 
     def as_fingerprinted(self) -> dict[str, Any]:
         """The settings that decide stored values: where the weights lie is left out, what they are stays."""
@@ -140,6 +147,23 @@ def mds_settings(spec: DatasetSpec, images: ImageSettings) -> dict[str, Any]:
 def latents_settings(mds: Mapping[str, Any], encoders: EncoderSettings) -> dict[str, Any]:
     """Everything that decides the rows of an archive's latents, given `mds_settings` and its source."""
     return {**mds, "encoders": encoders.as_fingerprinted()}
+
+
+def subset_settings(whole: Mapping[str, Any], subset: Subset) -> dict[str, Any]:
+    """Everything that decides the rows of a subset's archive, given that of the whole (mds or latents).
+
+    Raises:
+        SettingsError: stored images are made smaller than the subset asks for, so that their size no longer tells which
+            images belong to it.
+    """
+    max_image_size = whole["images"]["max_image_size"]
+    if max_image_size < subset.min_edge_px:
+        raise SettingsError(
+            f"max_image_size {max_image_size} makes every stored image smaller than the {subset.min_edge_px} px that "
+            f"images of the subset {subset.name} have",
+            f"Choose max_image_size >= {subset.min_edge_px}, or leave the subset out.",
+        )
+    return {**whole, "subset": {"name": subset.name, "min_edge_px": subset.min_edge_px}}
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:

@@ -170,6 +170,11 @@ class RawOnly:
     what: str
     images: bool
 
+    @property
+    def asset(self) -> str:
+        """The last part of its asset's key, which all of one folder share: `raw_test` for `test/imgs`."""
+        return f"raw_{self.name.partition('/')[0]}"
+
 
 @dataclass(frozen=True)
 class DatasetSpec:

@@ -23,10 +23,31 @@ CHECKS_OF_STAGE: Mapping[Stage, Mapping[str, str]] = {
     "latents": {
         "counts_balance": "Every sample that mds kept was read here and has latents; there are some.",
         "shards_intact": "Every shard is there with the size, rows and hash of its index.",
-        "latents_valid": "As many rows as promised; a sample of them has the promised shapes and finite values.",
+        "latents_valid": "As many rows as promised; a sample of them has the promised shapes and finite values; "
+        "computed again, the states of a few captions are the same. PSNR of a few decoded latents is reported.",
     },
 }
 """Stage -> check -> what it says, in the order in which they run."""
+
+AUDITED = "audited"
+"""The check that is no stage's own, see `stages.audit`."""
+
+AUDITED_ARCHIVE = (
+    "What is on disk, read again by the sensor `audit` after the run: ledgers of all stages agree, the index is the "
+    "ledger's, files have their sizes and hashes, every 100th row can be decoded."
+)
+AUDITED_INDEX = (
+    "The merged index lists every archive that was published when it was merged, with the shards of its ledger; read "
+    "again by the sensor `audit`."
+)
+
+_SUBSET_COUNTS = "Every sample of the whole was read and kept, or rejected as not in the subset; there may be none."
+
+
+def checks_of(stage: Stage, subset: str = "") -> Mapping[str, str]:
+    """The checks of a stage, or of the same stage of a subset: check -> what it says, in order."""
+    checks = CHECKS_OF_STAGE[stage]
+    return {**checks, "counts_balance": _SUBSET_COUNTS} if subset else checks
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,20 @@ def test_another_model_is_called_by_the_last_part_of_its_name(vae: str, expected
     assert encoder_tag(vae, DEFAULT_TEXT_ENCODER) == f"{expected}_dfnclipH14"
 
 
+@pytest.mark.parametrize(
+    ("text_encoder", "expected"),
+    [
+        ("openai/clip-vit-large-patch14", "clipvitlargepatch14"),
+        ("/models/openai/clip-vit-large-patch14/", "clipvitlargepatch14"),
+        ("stabilityai/stable-diffusion-2-1", "stablediffusion21"),
+        ("DeepFloyd/t5-v1_1-xxl", "t5v11xxl"),
+        ("openclip:hf-hub:laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "CLIPViTH14laion2Bs32Bb79K"),
+    ],
+)
+def test_text_encoders_of_every_family_have_tags(text_encoder: str, expected: str) -> None:
+    assert encoder_tag(DEFAULT_VAE, text_encoder) == f"sdxl1_{expected}"
+
+
 def test_one_model_has_one_tag_on_the_hub_and_on_every_disk() -> None:
     names = ["openclip:hf-hub:org/ViT-B-32", "openclip:local-dir:/a/ViT-B-32", "openclip:local-dir:b/ViT-B-32/"]
     assert {encoder_tag(DEFAULT_VAE, name) for name in names} == {"sdxl1_ViTB32"}

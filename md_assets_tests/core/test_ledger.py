@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from md_assets.core.errors import MdAssetsError
-from md_assets.core.ledger import Ledger, OutputFile, Reason
+from md_assets.core.ledger import Ledger, LedgerNumbers, OutputFile, Pruned, Reason
 
 COUNTS = st.integers(0, 2**53)
 TEXTS = st.dictionaries(st.text(), st.text(), max_size=3)
@@ -116,6 +116,9 @@ def test_current_means_same_settings_and_same_inputs() -> None:
     assert not ledger.is_current({"images": {"min_image_size": 255}, "format_version": 1}, {"archive": "c"})
     assert not ledger.is_current(ledger.settings, {"archive": "other"})
     assert not ledger.is_current(ledger.settings, {"archive": "c", "annotations": "new"})
+    assert ledger.is_current(ledger.settings, {"archive": ""})  # the source does not tell
+    assert not ledger.is_current({"format_version": 1}, {"archive": ""})
+    assert not ledger.is_current(ledger.settings, {"archive": "", "annotations": ""})
     assert not ledger.is_current(ledger.settings, {})
 
 
@@ -162,3 +165,37 @@ def test_reasons_are_distinct_words_for_tables() -> None:
     words = [value for name, value in vars(Reason).items() if name.isupper()]
     assert len(set(words)) == len(words)
     assert all(word == name.lower() for name, word in vars(Reason).items() if name.isupper())
+
+
+def test_a_pruned_ledger_has_the_same_content_and_settings() -> None:
+    pruned = make(pruned=Pruned("2026-11-22T10:00:00+00:00", 60))
+    assert pruned.content_id == make().content_id and pruned.fingerprint == make().fingerprint
+    assert pruned.is_current(make().settings, make().inputs)
+    assert Ledger.from_json(pruned.to_json(), "a.json") == pruned
+
+
+def test_a_ledger_of_before_there_was_pruning_is_read() -> None:
+    body = json.loads(make().to_json())
+    assert body.pop("pruned") is None
+    assert Ledger.from_json(json.dumps(body), "a.json") == make()
+
+
+@given(LEDGERS)
+def test_numbers_are_those_of_the_ledger(ledger: Ledger) -> None:
+    numbers = LedgerNumbers.from_json(ledger.to_json(), "a.json")
+    for name in ("archive", "fingerprint", "content_id", "read", "kept", "bytes_out", "seconds", "inputs", "settings"):
+        assert getattr(numbers, name) == getattr(ledger, name)
+    assert sum(numbers.rejected.values()) == ledger.rejected_count and numbers.rejected.keys() == ledger.rejected.keys()
+    assert numbers.files == {file.path: file.bytes for file in ledger.files}
+    assert numbers.pruned is ledger.pruned is None
+
+
+def test_numbers_know_of_pruning() -> None:
+    pruned = Pruned("2026-11-22T10:00:00+00:00", 60)
+    assert LedgerNumbers.from_json(make(pruned=pruned).to_json(), "a.json").pruned == pruned
+
+
+@pytest.mark.parametrize("text", ["", "{", "null", "[]", "{}", '{"pruned": 3}', make().to_json()[:-20]])
+def test_numbers_of_what_is_no_ledger_are_refused(text: str) -> None:
+    with pytest.raises(MdAssetsError, match=r"^raw/000\.json is no ledger.*Delete it"):
+        LedgerNumbers.from_json(text, "raw/000.json")

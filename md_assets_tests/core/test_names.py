@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from md_assets.core.names import IMAGE_SUFFIXES, refused_name, safe_name, sample_key
+from md_assets.core.names import IMAGE_SUFFIXES, first_of, refused_name, safe_name, sample_key
 from md_assets.core.paths import checked_archive_id
 
 # As tarfile gives them: any bytes, decoded with surrogateescape; and short ones of the dangerous characters.
@@ -122,3 +122,9 @@ def test_a_key_is_below_its_archive_and_webdataset_takes_it_whole(name: str) -> 
 
 def test_suffixes_are_in_the_case_that_they_are_compared_in() -> None:
     assert all(suffix == suffix.lower() and suffix.startswith(".") for suffix in IMAGE_SUFFIXES)
+
+
+def test_the_first_of_many_names() -> None:
+    assert first_of([]) == "" and first_of(["a", "b", "c"]) == "a, b, c"
+    assert first_of([str(n) for n in range(1204)]) == "0, 1, 2 and 1,201 more"
+    assert first_of(["a", "b"], 1) == "a and 1 more"

@@ -3,6 +3,7 @@
 import pytest
 
 from md_assets.core.schema import (
+    CAPTION_LENGTH_COLUMN,
     ITEM_BYTES,
     LATENT_DOWNSCALE,
     MDS_COLUMNS,
@@ -37,6 +38,11 @@ def test_latents_columns_of_the_contract() -> None:
 def test_images_are_one_more_column() -> None:
     without = latents_columns((256,), save_images=False)
     assert latents_columns((256,), save_images=True) == without | {"jpg": "jpeg"}
+
+
+def test_the_length_of_captions_is_one_more_column() -> None:
+    without = latents_columns((256,), save_images=False)
+    assert latents_columns((256,), False, with_caption_length=True) == without | {CAPTION_LENGTH_COLUMN: "int32"}
 
 
 def test_each_resolution_has_a_column_of_its_own() -> None:

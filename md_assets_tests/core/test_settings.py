@@ -18,9 +18,10 @@ from md_assets.core.settings import (
     latents_settings,
     mds_settings,
     raw_settings,
+    subset_settings,
 )
 from md_assets.core.source import HubFile
-from md_assets.core.spec import AnnotationSource, Caption, DatasetSpec
+from md_assets.core.spec import AnnotationSource, Caption, DatasetSpec, Subset
 
 PLAIN = DatasetSpec("plain", "Plain", "", ("a",), "tar", lambda a: HubFile("o/n", a), lambda a, m: iter(()))
 SCORED = dataclasses.replace(
@@ -96,6 +97,7 @@ def test_the_way_of_cleaning_captions_is_in_the_fingerprint_of_shards() -> None:
         ("text_encoder_revision", "c" * 40),
         ("image_resolutions", (256,)),
         ("save_dtype", "float32"),
+        ("latent_mode", "moments"),
         ("model_dtype", "float32"),
         ("seed", 1),
         ("save_images", True),
@@ -169,6 +171,7 @@ def test_the_ends_of_the_ranges_are_in_them(changes: dict[str, int]) -> None:
         {"image_resolutions": (256, 256)},
         {"save_dtype": "bfloat16"},
         {"model_dtype": "fp8"},
+        {"latent_mode": "median"},
         {"save_dtype": ""},
     ],
 )
@@ -185,3 +188,20 @@ def test_defaults_of_the_contract() -> None:
     assert IMAGES.safety_threshold == 0.2
     assert (ENCODERS.image_resolutions, ENCODERS.save_dtype) == ((256, 512), "float16")
     assert not ENCODERS.save_images
+
+
+def test_a_subsets_settings_are_the_wholes_and_its_own() -> None:
+    subset = Subset("minres512", 512)
+    for whole in (MDS, latents_settings(MDS, ENCODERS)):
+        settings = subset_settings(whole, subset)
+        assert settings == {**whole, "subset": {"name": "minres512", "min_edge_px": 512}}
+        others = [whole, subset_settings(whole, Subset("minres512", 500)), subset_settings(whole, Subset("x", 512))]
+        assert fingerprint(settings) not in map(fingerprint, others)
+
+
+def test_a_subset_of_larger_images_than_are_stored_is_refused() -> None:
+    assert subset_settings(mds_settings(PLAIN, ImageSettings(max_image_size=512)), Subset("a", 512))
+    with pytest.raises(
+        SettingsError, match=r"max_image_size 511 .* 512 px .* subset a have\. Choose max_image_size >="
+    ):
+        subset_settings(mds_settings(PLAIN, ImageSettings(max_image_size=511)), Subset("a", 512))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from md_assets.core.source import HubFile
-from md_assets.core.spec import AnnotationSource, Caption, DatasetSpec, Member, Rejected, Sample
+from md_assets.core.spec import AnnotationSource, Caption, DatasetSpec, Member, RawOnly, Rejected, Sample
 
 
 def locate(archive: str) -> HubFile:
@@ -74,3 +74,9 @@ def test_a_reader_sees_members_in_order_and_only_what_it_is_given() -> None:
     members = [Member("a", b"1"), Member("../x", b"", "unsafe_member"), Member("b", b"2")]
     samples = list(SPLIT.read_samples("train/000", iter(members)))
     assert samples == [Sample("a", b"1"), Rejected("../x", "unsafe_member"), Sample("b", b"2")]
+
+
+def test_what_is_only_fetched_is_one_asset_for_each_folder() -> None:
+    names = ("test/imgs", "test/questions", "extra")
+    assets = [RawOnly(name, HubFile("o/n", "x"), "", images=True).asset for name in names]
+    assert assets == ["raw_test", "raw_test", "raw_extra"]

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from md_assets.core.paths import ARCHIVE_STAGES, Stage
-from md_assets.core.verdict import CHECKS_OF_STAGE, Verdict
+from md_assets.core.verdict import CHECKS_OF_STAGE, Verdict, checks_of
 
 
 def test_every_stage_that_publishes_archives_has_checks() -> None:
@@ -37,3 +37,11 @@ def test_a_verdict_cannot_be_changed_and_comes_whole_through_a_process_border() 
     with pytest.raises(dataclasses.FrozenInstanceError):
         verdict.passed = False  # type: ignore[misc]
     assert Verdict("x", False, "y").facts == {}
+
+
+def test_a_subset_has_the_checks_of_its_stage_and_may_be_empty() -> None:
+    for stage in ("mds", "latents"):
+        whole, part = checks_of(stage), checks_of(stage, "minres512")
+        assert whole == CHECKS_OF_STAGE[stage] and list(part) == list(whole)
+        assert "not in the subset" in part["counts_balance"]
+        assert {name for name in whole if part[name] != whole[name]} == {"counts_balance"}
