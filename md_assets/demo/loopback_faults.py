@@ -1,7 +1,7 @@
-"""What can be made to go wrong in the loopback Hub: refusals, cuts, stalls, slow or damaged answers.
+"""What can be made to go wrong in a loopback server: refusals, cuts, stalls, slow or damaged answers.
 
 Here: the list of faults to come and which request takes which. Not here: carrying them out, see
-`demo.loopback_hub`.
+`demo.loopback_http`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
 
-Place = Literal["listing", "resolve", "body"]
-"""`listing`: a repository's description or tree. `resolve`: the Hub's own answer for a file, HEAD or GET.
-`body`: the answer with the file's bytes, from the storage behind the Hub for an LFS file."""
+Place = Literal["listing", "resolve", "head", "body"]
+"""`listing`: a repository's description or tree. `resolve`: the server's own answer for a file, HEAD or GET.
+`head`: a web server's answer to HEAD only. `body`: the answer with the file's bytes, from the storage behind the Hub
+for an LFS file."""
 
 
 @dataclass
@@ -22,7 +23,8 @@ class Fault:
     """One way in which an answer differs from a good one.
 
     Attributes:
-        glob: matched against `organisation/name/path` (`organisation/name` at a listing); `*` includes `/`.
+        glob: matched against `organisation/name/path` (`organisation/name` at a listing), on a web server against the
+            path below its address; `*` includes `/`.
         place: which kind of request it befalls.
         times: how many requests more, None for all.
         status, headers: answer with this status and these headers instead.

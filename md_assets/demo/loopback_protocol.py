@@ -1,7 +1,7 @@
 """What the loopback Hub answers: the Hub's paths, headers and error codes.
 
-Here: requests and answers, and carrying out faults. Not here: starting it (`demo.loopback_hub`), what the
-repositories hold (`demo.loopback_tree`).
+Here: requests and answers. Not here: starting it (`demo.loopback_hub`), sending files and carrying out faults
+(`demo.loopback_http`), what the repositories hold (`demo.loopback_tree`).
 
 Paths, headers and codes are those that huggingface_hub 0.36 reads: `hf_api.py`, `file_download.py`,
 `utils/_http.py`.
@@ -10,25 +10,16 @@ Paths, headers and codes are those that huggingface_hub 0.36 reads: `hf_api.py`,
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-import socket
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-from md_assets.demo.loopback_faults import Fault
+from md_assets.demo.loopback_http import Handler
 from md_assets.demo.loopback_tree import Entry, RepoKind, Tree
 
 if TYPE_CHECKING:
     from md_assets.demo.loopback_hub import LoopbackHub
-
-CHUNK_BYTES = 256 * 1024
-"""Sent at a time."""
-
-_FLIPPED = bytes(255 - byte for byte in range(256))
 
 _REPO = r"(?P<repo>[^/]+/[^/]+)"
 _API = re.compile(rf"/api/(?P<kind>datasets|models)/{_REPO}(?:/(?P<verb>revision|tree)/(?P<rev>[^/]+)/?(?P<path>.*))?")
@@ -36,89 +27,28 @@ _RESOLVE = re.compile(rf"/(?:(?P<kind>datasets)/)?{_REPO}/resolve/(?P<rev>[^/]+)
 _CDN = re.compile(rf"/cdn/(?P<kind>datasets|models)/{_REPO}/(?P<sha>[0-9a-f]{{64}})/(?P<path>.+)")
 
 
-@dataclass(frozen=True)
-class Request:
-    """A request that came.
-
-    Attributes:
-        kind: `listing`, `tree`, `head` (of a file), `resolve`, `cdn` (the bytes of an LFS file), `whoami` or
-            `other`.
-        name: `organisation/name/path`, as far as it has these.
-        range_header: its `Range`, or empty.
-        with_token: whether it carried a token.
-    """
-
-    kind: str
-    name: str
-    range_header: str
-    with_token: bool
-
-
-class HubServer(ThreadingHTTPServer):
-    """Answers for a `LoopbackHub` on 127.0.0.1, one thread for each connection."""
-
-    daemon_threads = True
-    request_queue_size = 128
-
-    def __init__(self, hub: LoopbackHub, port: int) -> None:
-        self.hub = hub
-        self._open: set[socket.socket] = set()
-        super().__init__(("127.0.0.1", port), _Handler)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        self._open.add(request)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        self._open.discard(request)
-        super().shutdown_request(request)
-
-    def server_close(self) -> None:
-        super().server_close()
-        for connection in list(self._open):  # kept alive by clients, whose threads would answer on
-            try:
-                connection.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                continue
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that go away are none of our concern."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # small answers over a kept connection would wait 40 ms each
-    server_version = "md-assets-loopback-hub"
+class HubHandler(Handler):
+    """Answers for a `LoopbackHub`."""
 
     @property
     def hub(self) -> LoopbackHub:
-        return cast(HubServer, self.server).hub
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Silent: see `LoopbackHub.history`."""
-
-    def do_HEAD(self) -> None:
-        self._route()
-
-    def do_GET(self) -> None:
-        self._route()
+        return cast("LoopbackHub", self.loopback)
 
     def _route(self) -> None:
+        """Finds out what is asked for. Kinds in the history: `listing`, `tree`, `head` (of a file), `resolve`, `cdn`
+        (the bytes of an LFS file), `whoami` and `other`; names are `organisation/name/path` as far as there are any."""
         url = urlsplit(self.path)
-        try:
-            if match := _API.fullmatch(url.path):
-                self._repository(match, parse_qs(url.query))
-            elif match := _RESOLVE.fullmatch(url.path):
-                self._resolve(match)
-            elif match := _CDN.fullmatch(url.path):
-                self._cdn(match, url.path, parse_qs(url.query))
-            elif url.path == "/api/whoami-v2":
-                self._whoami()
-            else:
-                self._record("other", url.path)
-                self._error(404, "", "Not found")
-        except (BrokenPipeError, ConnectionResetError):
-            self.close_connection = True
+        if match := _API.fullmatch(url.path):
+            self._repository(match, parse_qs(url.query))
+        elif match := _RESOLVE.fullmatch(url.path):
+            self._resolve(match)
+        elif match := _CDN.fullmatch(url.path):
+            self._cdn(match, url.path, parse_qs(url.query))
+        elif url.path == "/api/whoami-v2":
+            self._whoami()
+        else:
+            self._record("other", url.path)
+            self._error(404, "", "Not found")
 
     # What is asked for
 
@@ -192,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         headers = {"X-Repo-Commit": commit, "ETag": f'"{entry.blob_id}"', "Accept-Ranges": "bytes"}
         if entry.sha256 is None:
-            self._file(entry, headers, f"{repo}/{path}")
+            self._file(entry.file, headers, f"{repo}/{path}")
             return
         location = quote(f"/cdn/{kind}/{repo}/{entry.sha256}/{path}")
         query = f"Expires=4102444800&Signature={self.hub.signature(location)}"
@@ -211,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif entry is None:
             self._answer(404, b"<Error><Code>NoSuchKey</Code></Error>", xml)
         else:
-            self._file(entry, {"ETag": f'"{match["sha"]}"', "Accept-Ranges": "bytes"}, f"{repo}/{path}")
+            self._file(entry.file, {"ETag": f'"{match["sha"]}"', "Accept-Ranges": "bytes"}, f"{repo}/{path}")
 
     def _whoami(self) -> None:
         self._record("whoami", "")
@@ -238,89 +168,9 @@ class _Handler(BaseHTTPRequestHandler):
             return False
         return True
 
-    def _record(self, kind: str, name: str) -> None:
-        with_token = "Authorization" in self.headers
-        self.hub.record(Request(kind, name, self.headers.get("Range", ""), with_token))
-
-    # Answers
-
-    def _answer(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
-        self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def _json(self, value: object, headers: Mapping[str, str] | None = None, status: int = 200) -> None:
-        headers = {"Content-Type": "application/json", **(headers or {})}
-        self._answer(status, json.dumps(value).encode(), headers)
-
     def _error(self, status: int, code: str, text: str) -> None:
         headers = {"X-Error-Code": code, "X-Error-Message": text}
         self._json({"error": text}, {key: value for key, value in headers.items() if value}, status)
-
-    def _fails(self, fault: Fault | None) -> bool:
-        """Answers for a fault that replaces the whole answer."""
-        if fault is not None and fault.stall_s and not fault.after_bytes:
-            self.hub.stopping.wait(fault.stall_s)
-        if fault is not None and fault.status is not None:
-            self._json({"error": f"fault {fault.status}"}, fault.headers, fault.status)
-        elif fault is not None and fault.html:
-            page = b"<!doctype html><title>Log in</title>"
-            self._answer(200, page, {"Content-Type": "text/html; charset=utf-8"})
-        else:
-            return False
-        return True
-
-    def _file(self, entry: Entry, headers: Mapping[str, str], name: str) -> None:
-        """The bytes of a file, or the part of them that is asked for."""
-        fault = Fault(name) if self.command == "HEAD" else self.hub.faults.take("body", name) or Fault(name)
-        if self._fails(fault):
-            return
-        size_bytes = entry.size_bytes
-        part = _range(self.headers.get("Range", ""), size_bytes) if not fault.ignore_range else None
-        if part is not None and fault.wrong_range:
-            part = (0, size_bytes)
-        start, stop = part or (0, size_bytes)
-        if start >= stop and part is not None:
-            self._answer(416, b"", {**headers, "Content-Range": f"bytes */{size_bytes}"})
-            return
-        with entry.file.open("rb") as file:
-            self.send_response(200 if part is None else 206)
-            for key, value in headers.items():
-                self.send_header(key, value)
-            self.send_header("Content-Type", "application/octet-stream")
-            self.send_header("Content-Length", str(stop - start))
-            if part is not None:
-                self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size_bytes}")
-            self.end_headers()
-            if self.command != "HEAD":
-                file.seek(start)
-                self._send(file, stop - start, fault)
-
-    def _send(self, file: BinaryIO, count_bytes: int, fault: Fault) -> None:
-        sent_bytes = 0
-        step_bytes = CHUNK_BYTES
-        if fault.bytes_per_s is not None:
-            step_bytes = max(1, min(CHUNK_BYTES, int(fault.bytes_per_s / 50)))
-        if fault.cut and not fault.after_bytes:
-            count_bytes, self.close_connection = 0, True
-        while sent_bytes < count_bytes and not self.hub.stopping.is_set():
-            until = fault.after_bytes if sent_bytes < fault.after_bytes else count_bytes
-            chunk = file.read(min(step_bytes, until - sent_bytes, count_bytes - sent_bytes))
-            if not chunk:
-                break  # the file has become shorter; the client sees a cut
-            self.wfile.write(chunk.translate(_FLIPPED) if fault.corrupt else chunk)
-            sent_bytes += len(chunk)
-            if fault.bytes_per_s is not None:
-                self.hub.stopping.wait(len(chunk) / fault.bytes_per_s)
-            if sent_bytes == fault.after_bytes and fault.after_bytes:
-                if fault.cut:
-                    break
-                self.hub.stopping.wait(fault.stall_s)
-        if sent_bytes < count_bytes:
-            self.close_connection = True
 
 
 def _sibling(entry: Entry, blobs: bool) -> dict[str, Any]:
@@ -353,13 +203,3 @@ def _tree_rows(tree: Tree, folder: str, recursive: bool) -> Iterator[dict[str, A
         if entry.sha256 is not None:
             row["lfs"] = {"oid": entry.sha256, "size": size, "pointerSize": entry.pointer_bytes}
         yield row
-
-
-def _range(header: str, size_bytes: int) -> tuple[int, int] | None:
-    """First and last-but-one position of a single range, None for a header that means the whole file."""
-    match = re.fullmatch(r"bytes=(\d*)-(\d*)", header)
-    if match is None or not (match[1] or match[2]):
-        return None
-    if not match[1]:
-        return max(0, size_bytes - int(match[2])), size_bytes
-    return int(match[1]), min(size_bytes, int(match[2]) + 1 if match[2] else size_bytes)

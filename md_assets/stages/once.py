@@ -45,19 +45,47 @@ def published(stage_dir: StageDir, archive: str) -> Ledger | None:
     """The ledger of an archive whose data are all there, else None.
 
     A ledger that cannot be read, and data that do not have the ledgered sizes, count as unpublished: the next
-    run replaces them.
+    run replaces them. So do data that were pruned.
+    """
+    ledger = recorded(stage_dir, archive)
+    return None if ledger is None or ledger.pruned else ledger
+
+
+def recorded(stage_dir: StageDir, archive: str) -> Ledger | None:
+    """The ledger of an archive that is published, or was and is pruned, else None.
+
+    What was made of a pruned archive is still judged by its ledger; whoever wants the data calls `refuse_pruned`.
     """
     try:
         ledger = read_ledger(stage_dir.ledger(archive))
     except MdAssetsError:
         return None
-    if ledger is None:
-        return None
+    if ledger is None or ledger.pruned:
+        return ledger
     for file in ledger.files:
         path = stage_dir.path / file.path
         if not path.is_file() or path.stat().st_size != file.bytes:
             return None
     return ledger
+
+
+def refuse_pruned(stage_dir: StageDir, archive: str) -> None:
+    """Make sure that a recorded archive's data can be read.
+
+    To be called in the workspace of what is made of them: `stages.prune` holds it while it removes them.
+
+    Raises:
+        ArchiveError: they were pruned.
+    """
+    ledger = recorded(stage_dir, archive)
+    if ledger is not None and ledger.pruned:
+        raise ArchiveError(
+            stage_dir.dataset,
+            archive,
+            f"{stage_dir.asset} was pruned on {ledger.pruned.at}",
+            f"Materialize {stage_dir.dataset}/{stage_dir.asset} of it again",
+            reason="pruned",
+        )
 
 
 def current(stage_dir: StageDir, archive: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> Ledger | None:
@@ -74,6 +102,8 @@ def upstream_ledger(stage_dir: StageDir, archive: str, settings: Mapping[str, An
         archive: its ID.
         settings: those that the upstream stage must have been made with.
 
+    Returns: the ledger, which may be that of a pruned archive: see `refuse_pruned`.
+
     Raises:
         ArchiveError: the archive is not published there, does not balance, or was made with other settings.
     """
@@ -81,19 +111,19 @@ def upstream_ledger(stage_dir: StageDir, archive: str, settings: Mapping[str, An
     def refuse(what: str, remedy: str, reason: str) -> ArchiveError:
         return ArchiveError(stage_dir.dataset, archive, what, remedy, reason=reason)
 
-    ledger = published(stage_dir, archive)
-    again = f"Materialize {stage_dir.dataset}/{stage_dir.stage} of it"
+    ledger = recorded(stage_dir, archive)
+    again = f"Materialize {stage_dir.dataset}/{stage_dir.asset} of it"
     if ledger is None:
-        raise refuse(f"{stage_dir.stage} is not published", again, "upstream_missing")
+        raise refuse(f"{stage_dir.asset} is not published", again, "upstream_missing")
     if not ledger.balances:
         raise refuse(
-            f"the ledger of {stage_dir.stage} does not balance: {ledger.read} read, {ledger.kept} kept, "
+            f"the ledger of {stage_dir.asset} does not balance: {ledger.read} read, {ledger.kept} kept, "
             f"{ledger.rejected_count} rejected",
             again,
             "unbalanced",
         )
     if ledger.fingerprint != fingerprint(settings):
-        raise refuse(f"{stage_dir.stage} was made with other settings", again, "stale")
+        raise refuse(f"{stage_dir.asset} was made with other settings", again, "stale")
     return ledger
 
 

@@ -7,17 +7,17 @@ Here: requests, ranges, resumption, time-outs. Not here: the incomplete file and
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 
 from md_assets.core.errors import SourceError
 from md_assets.core.source import BytesProgress, RemoteFile
-from md_assets.storage.part_file import Digest, MismatchError, PartFile, disk_full, verified_size
+from md_assets.storage.free_space import require_space
+from md_assets.storage.part_file import Digest, MismatchError, PartFile, verified_size
 from md_assets.storage.retry import TransferPolicy, retrying, status_error
 
 if TYPE_CHECKING:
@@ -38,13 +38,14 @@ class Downloaded:
 
     Attributes:
         path: the destination, whole and verified.
-        size_bytes: its size.
+        remote: the file as it turned out: with its size, and where the source did not tell the content, its sha256
+            as `content_id`.
         fetched_bytes: bytes that came over the network in this call, of all attempts.
         attempts: requests made; 0 when the file was there already.
     """
 
     path: Path
-    size_bytes: int
+    remote: RemoteFile
     fetched_bytes: int
     attempts: int
 
@@ -89,7 +90,7 @@ def download(
     if digest is not None and (size_bytes := verified_size(destination, remote, digest)) is not None:
         if progress is not None:
             progress(size_bytes, size_bytes)
-        return Downloaded(destination, size_bytes, fetched_bytes=0, attempts=0)
+        return Downloaded(destination, replace(remote, size_bytes=size_bytes), fetched_bytes=0, attempts=0)
 
     with PartFile(remote, destination, digest) as part:
         transfer = _Transfer(remote, part, session, headers or {}, policy, progress, explain)
@@ -106,7 +107,9 @@ def download(
         finally:
             transfer.close()
         part.publish()
-        return Downloaded(destination, part.size_bytes, transfer.fetched_bytes, transfer.attempts)
+        content_id = remote.content_id or part.hexdigest
+        found = replace(remote, size_bytes=part.size_bytes, content_id=content_id)
+        return Downloaded(destination, found, transfer.fetched_bytes, transfer.attempts)
 
 
 class _Transfer:
@@ -165,9 +168,8 @@ class _Transfer:
             if self.part.etag != etag or not start:
                 self.part.note_source(etag)
             # An hour into the transfer would be late to find out.
-            free_bytes = shutil.disk_usage(self.part.destination.parent).free
-            if (total_bytes or 0) - self.part.size_bytes > free_bytes:
-                raise disk_full(self.part, total_bytes)
+            needed_bytes = (total_bytes or 0) - self.part.size_bytes
+            require_space(self.remote.name, self.part.destination.parent, needed_bytes)
             for chunk in response.iter_content(CHUNK_BYTES):
                 if total_bytes is not None and self.part.size_bytes + len(chunk) > total_bytes:
                     raise self._mismatch(f"more than the announced {total_bytes} bytes came")
@@ -199,15 +201,8 @@ class _Transfer:
             raise error or status_error(name, status, response.headers, secrets=self._secrets())
         if status == 200 and start:
             self.part.clear()  # the server knows no ranges and sends all
-        is_html = response.headers.get("Content-Type", "").lower().startswith("text/html")
-        if is_html and not name.lower().endswith((".html", ".htm")):
-            raise MismatchError(
-                f"{name}: the server answered an HTML page instead of the file",
-                "Open the address in a browser: a proxy, a login page or an expired link may be in the way",
-                reason="server_error",
-            )
-        length = response.headers.get("Content-Length")
-        sent_bytes = _range_total(response) if status == 206 else _int(length)
+        refuse_page(name, response)
+        sent_bytes = announced_size(response)
         expected_bytes = self.remote.size_bytes
         if None not in (sent_bytes, expected_bytes) and sent_bytes != expected_bytes:
             raise self._mismatch(f"{sent_bytes} bytes are sent where the source announces {expected_bytes}")
@@ -251,7 +246,7 @@ def connection_error(name: str, error: BaseException) -> SourceError:
         remedy = "Unset HF_HUB_OFFLINE"
         return SourceError(f"{name}: offline mode is on", remedy, reason="connection", transient=False)
     if isinstance(error, ValueError):  # requests' InvalidURL, MissingSchema and their like
-        remedy = "Check the address and HF_ENDPOINT"
+        remedy = "Check the address, and the environment variable or list that it comes from"
         return SourceError(f"{name}: its address is not valid", remedy, reason="connection", transient=False)
     what = "the connection failed"
     if isinstance(error, requests.exceptions.SSLError):
@@ -265,6 +260,24 @@ def connection_error(name: str, error: BaseException) -> SourceError:
     elif "NewConnectionError" in kinds:
         what = "the server does not accept connections"
     return SourceError(f"{name}: {what}", remedy, reason="connection", transient=True)
+
+
+def refuse_page(name: str, response: requests.Response) -> None:
+    """Raises `MismatchError` if a server answers a web page where a file called `name` was asked for."""
+    is_page = response.headers.get("Content-Type", "").lower().startswith("text/html")
+    if is_page and not name.lower().endswith((".html", ".htm")):
+        raise MismatchError(
+            f"{name}: the server answered an HTML page instead of the file",
+            "Open the address in a browser: a proxy, a login page or an expired link may be in the way",
+            reason="server_error",
+        )
+
+
+def announced_size(response: requests.Response) -> int | None:
+    """The size in bytes of the whole file that an answer with status 200 or 206 is (of), None if it does not tell."""
+    if response.status_code == 206:
+        return _range_total(response)
+    return _int(response.headers.get("Content-Length"))
 
 
 def redact_url(url: str) -> str:

@@ -11,8 +11,9 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,6 +36,9 @@ TRUNCATED_FROM_FILES = 50_000
 """From so many files on the Hub may leave some out of a repository's description; its tree has them all.
 Same number as `VERY_LARGE_REPO_THRESHOLD` of huggingface_hub's `_snapshot_download.py`."""
 
+CANDIDATES_NAMED = 5
+"""Files that the error of a path with `*` names."""
+
 TOKEN_REMEDY = "set HF_TOKEN to a token of that account (https://huggingface.co/settings/tokens) or run `hf auth login`"
 
 
@@ -53,6 +57,20 @@ class Listing:
     revision: str
     files: Mapping[str, RemoteFile] = field(repr=False)
 
+    def matching(self, pattern: str) -> list[str]:
+        """The paths that `pattern` stands for; its `*` means any characters, `/` too."""
+        pieces = pattern.split("*")
+        rarest = max(pieces, key=len)  # searching for it first makes a thousand patterns a matter of a second
+        whole = re.compile(".*".join(map(re.escape, pieces)), re.DOTALL)
+        return [path for path in self.files if rarest in path and whole.fullmatch(path)]
+
+    def like(self, pattern: str) -> list[str]:
+        """Some paths that may have been meant by a `pattern` that none matches: same folder, same suffix."""
+        folder = pattern.partition("*")[0].rpartition("/")[0]
+        suffix = pattern.rpartition("*")[2].rpartition(".")[2]
+        alike = (path for path in self.files if path.startswith(folder) and path.endswith(suffix))
+        return list(islice(alike, CANDIDATES_NAMED + 1))
+
 
 class HubClient:
     """Lists and fetches files of the Hub; may be shared by threads. Nothing happens before the first method.
@@ -63,6 +81,9 @@ class HubClient:
         revisions: branch, tag or commit by repository, `main` for those that are not in it.
         policy: time-outs and attempts.
         sleep: waits so many seconds; replaced in tests.
+
+    Attributes:
+        policy: the policy in effect.
     """
 
     def __init__(
@@ -77,7 +98,7 @@ class HubClient:
         self._endpoint = endpoint
         self._token = token
         self._revisions = dict(revisions or {})
-        self._policy = policy or TransferPolicy()
+        self.policy = policy or TransferPolicy()
         self._sleep = sleep
         self._listings: dict[tuple[str, str, str], Listing] = {}
         self._locks: dict[tuple[str, str, str], threading.Lock] = {}
@@ -108,7 +129,7 @@ class HubClient:
         with lock:  # so that threads that want the same repository make one request, not one each
             if refresh or key not in self._listings:
                 self._listings[key] = retrying(
-                    lambda: self._ask_listing(repo, repo_type), self._policy, sleep=self._sleep
+                    lambda: self._ask_listing(repo, repo_type), self.policy, sleep=self._sleep
                 )
             return self._listings[key]
 
@@ -120,22 +141,30 @@ class HubClient:
         """The file at its repository's pinned revision.
 
         Raises:
-            SourceError: reason `not_found` if the repository has no such file, else as `listing`.
+            SourceError: reason `not_found` if the repository has no such file, or not exactly one that matches a path
+                with `*`, else as `listing`.
         """
         listing = self.listing(file.repo, file.repo_type)
-        try:
-            return listing.files[file.path]
-        except KeyError:
-            raise SourceError(
-                f"{file.repo}:{file.path}: the Hub's {file.repo_type} {file.repo} has no such file "
-                f"at revision {listing.revision}",
-                f"See {self._page(file.repo, file.repo_type)}/tree/{listing.revision} for what it has",
-                reason="not_found",
-                transient=False,
-            ) from None
+        if "*" not in file.path:
+            if file.path in listing.files:
+                return listing.files[file.path]
+            lacks = "no such file"
+        else:
+            matches = listing.matching(file.path)
+            if len(matches) == 1:
+                return listing.files[matches[0]]
+            found, candidates = len(matches) or "no", matches or listing.like(file.path)
+            lacks = f"{found} files that match" + (f" ({_some(candidates)})" if candidates else "")
+        raise SourceError(
+            f"{file.repo}:{file.path}: the Hub's {file.repo_type} {file.repo} has {lacks} at revision "
+            f"{listing.revision}",
+            f"See {self._page(file.repo, file.repo_type)}/tree/{listing.revision} for what it has",
+            reason="not_found",
+            transient=False,
+        )
 
-    def fetch(self, remote: RemoteFile, destination: Path, progress: BytesProgress | None = None) -> Path:
-        """Fetches a file that `locate` or `listing` gave and returns `destination`; resumes, may be repeated.
+    def fetch(self, remote: RemoteFile, destination: Path, progress: BytesProgress | None = None) -> RemoteFile:
+        """Fetches a file that `locate` or `listing` gave, and returns it; resumes, may be repeated.
 
         Every file is verified: one in LFS by its sha256, any other by git's own hash, its blob id.
 
@@ -154,12 +183,12 @@ class HubClient:
             destination,
             session=get_session(),
             headers=build_hf_headers(token=self._token),
-            policy=self._policy,
+            policy=self.policy,
             progress=progress,
             digest=digest,
             explain=lambda response: self._refusal(response, repo, repo_type, path, remote.revision),
             sleep=self._sleep,
-        ).path
+        ).remote
 
     def explain(
         self, error: BaseException, repo: str, repo_type: RepoType = "dataset", path: str = ""
@@ -221,7 +250,7 @@ class HubClient:
                 repo_type=repo_type,
                 revision=pin,
                 files_metadata=True,
-                timeout=self._policy.listing_timeout_s,
+                timeout=self.policy.listing_timeout_s,
             )
             commit = info.sha or ""
             entries: list[Any] = list(info.siblings or [])
@@ -277,26 +306,6 @@ class HubClient:
                 transient=True,
                 retry_after_s=asked_wait_s(status, headers),
             )
-        if code == "GatedRepo":
-            lacks = "the token's account has not been granted access" if has_token else "no token is set"
-            return SourceError(
-                f"{name}: {what} is gated and {lacks}",
-                f"Accept its terms at {page}, then {TOKEN_REMEDY}",
-                reason="gated",
-                transient=False,
-            )
-        if status == 401 and (has_token or code != "RepoNotFound"):
-            if code == "RepoNotFound":
-                refused = f"{what} does not exist, or the token does not reach it (HTTP 401)"
-            else:
-                refused = f"the Hub refuses the token{said}" if has_token else f"{what} needs a token"
-                refused += " (HTTP 401)"
-            return SourceError(
-                f"{name}: {refused}",
-                f"Check {page} in a browser, then {TOKEN_REMEDY}",
-                reason="unauthorized",
-                transient=False,
-            )
         if status == 403 and response.history and not code:
             # Not the Hub but the storage behind it: a signed link ran out. Each attempt gets a new one.
             return SourceError(
@@ -305,39 +314,67 @@ class HubClient:
                 reason="server_error",
                 transient=True,
             )
-        if message == "Access to this resource is disabled.":
-            disabled = f"{name}: the Hub has disabled {what}"
-            return SourceError(disabled, f"See {page}", reason="not_found", transient=False)
-        if status == 403:
-            return SourceError(
-                f"{name}: the Hub forbids access to {what}{said}",
-                f"Check {page} in a browser, and that the token may read public gated repositories",
-                reason="unauthorized",
-                transient=False,
-            )
-        if code == "RevisionNotFound":
-            return SourceError(
-                f"{name}: {what} has no revision {revision!r}",
+        in_a_browser = f"Check {page} in a browser"
+        # The first that applies counts; waiting helps against none of them.
+        meanings = (
+            (
+                code == "GatedRepo",
+                "gated",
+                f"{what} is gated and "
+                + ("the token's account has not been granted access" if has_token else "no token is set"),
+                f"Accept its terms at {page}, then {TOKEN_REMEDY}",
+            ),
+            (
+                status == 401 and code != "RepoNotFound",
+                "unauthorized",
+                (f"the Hub refuses the token{said}" if has_token else f"{what} needs a token") + " (HTTP 401)",
+                f"{in_a_browser}, then {TOKEN_REMEDY}",
+            ),
+            (
+                status == 401 and has_token,
+                "unauthorized",
+                f"{what} does not exist, or the token does not reach it (HTTP 401)",
+                f"{in_a_browser}, then {TOKEN_REMEDY}",
+            ),
+            (
+                message == "Access to this resource is disabled.",
+                "not_found",
+                f"the Hub has disabled {what}",
+                f"See {page}",
+            ),
+            (
+                status == 403,
+                "unauthorized",
+                f"the Hub forbids access to {what}{said}",
+                f"{in_a_browser}, and that the token may read public gated repositories",
+            ),
+            (
+                code == "RevisionNotFound",
+                "not_found",
+                f"{what} has no revision {revision!r}",
                 f"Correct the revision pin of {repo}; see {page}/commits/main",
-                reason="not_found",
-                transient=False,
-            )
-        if code == "RepoNotFound":
-            unless = "" if has_token else ", or is private and no token is set"
-            return SourceError(
-                f"{name}: {what} does not exist{unless}",
-                f"Check {page} in a browser",
-                reason="not_found",
-                transient=False,
-            )
-        if status == 404 and path:
-            return SourceError(
-                f"{name}: {what} has no such file at revision {revision}",
+            ),
+            (
+                code == "RepoNotFound",
+                "not_found",
+                f"{what} does not exist" + ("" if has_token else ", or is private and no token is set"),
+                in_a_browser,
+            ),
+            (
+                status == 404 and path,
+                "not_found",
+                f"{what} has no such file at revision {revision}",
                 f"See {page}/tree/{revision} for what it has",
-                reason="not_found",
-                transient=False,
-            )
+            ),
+        )
+        for applies, reason, meaning, remedy in meanings:
+            if applies:
+                return SourceError(f"{name}: {meaning}", remedy, reason=reason, transient=False)
         return None
+
+
+def _some(paths: Sequence[str]) -> str:
+    return ", ".join(paths[:CANDIDATES_NAMED]) + (", …" if len(paths) > CANDIDATES_NAMED else "")
 
 
 def _is_sha1(text: str) -> bool:

@@ -11,7 +11,6 @@ import errno
 import fcntl
 import hashlib
 import os
-import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from types import TracebackType
 
 from md_assets.core.errors import SourceError
 from md_assets.core.source import RemoteFile
+from md_assets.storage.free_space import disk_full
 
 REHASH_BYTES = 1024 * 1024
 """Read at a time when a file on disk is hashed; any size from 64 KiB up gives the same speed."""
@@ -52,7 +52,7 @@ class PartFile:
     Args:
         remote: what the bytes are the beginning of.
         destination: the name that the file gets when it is whole.
-        digest: what it must then hash to, None where nothing tells.
+        digest: what it must then hash to. Where nothing tells, its sha256 is found out.
     """
 
     def __init__(self, remote: RemoteFile, destination: Path, digest: Digest | None) -> None:
@@ -143,9 +143,13 @@ class PartFile:
             rest = memoryview(chunk)
             while rest:  # write(2) may take less, on a disk that is nearly full for instance
                 rest = rest[os.write(self._fd, rest) :]
-        if self.digest is not None:
-            self._hash.update(chunk)
+        self._hash.update(chunk)
         self.size_bytes += len(chunk)
+
+    @property
+    def hexdigest(self) -> str:
+        """Of the bytes so far, by the digest's algorithm, or sha256 where there is none."""
+        return self._hash.hexdigest()
 
     def verify(self) -> None:
         """Raises `MismatchError` unless size and checksum are those announced."""
@@ -156,9 +160,9 @@ class PartFile:
                 "The source is inconsistent; try again after it has been mended",
                 reason="size_mismatch",
             )
-        if self.digest is not None and self._hash.hexdigest() != self.digest.hexdigest:
+        if self.digest is not None and self.hexdigest != self.digest.hexdigest:
             raise MismatchError(
-                f"{name}: its {self.digest.algorithm} is {self._hash.hexdigest()} where the source announces "
+                f"{name}: its {self.digest.algorithm} is {self.hexdigest} where the source announces "
                 f"{self.digest.hexdigest}",
                 "The bytes are damaged at the source or by a proxy on the way; ask there",
                 reason="checksum_mismatch",
@@ -196,16 +200,6 @@ class _DiskErrors:
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise disk_full(self.part, self.part.remote.size_bytes) from error
-
-
-def disk_full(part: PartFile, total_bytes: int | None) -> SourceError:
-    """The error for a part that cannot grow to `total_bytes`."""
-    folder = part.destination.parent
-    missing = "" if total_bytes is None else f" and {total_bytes - part.size_bytes} more are needed"
-    return SourceError(
-        f"{part.remote.name}: no space left in {folder}, {shutil.disk_usage(folder).free} bytes are free{missing}",
-        "Free some, or set MD_ASSETS_DATA to a larger disk; what came is kept and resumed",
-        reason="disk_full",
-        transient=False,
-    )
+            folder, size_bytes = self.part.destination.parent, self.part.remote.size_bytes
+            needed_bytes = None if size_bytes is None else size_bytes - self.part.size_bytes
+            raise disk_full(self.part.remote.name, folder, needed_bytes) from error

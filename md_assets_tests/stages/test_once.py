@@ -14,9 +14,20 @@ import pytest
 
 from md_assets import __version__
 from md_assets.core.errors import ArchiveError, CorruptArchiveError, MdAssetsError, SettingsError, SourceError
-from md_assets.core.ledger import Ledger
+from md_assets.core.ledger import Ledger, Pruned
 from md_assets.core.paths import DataRoot, StageDir
-from md_assets.stages.once import Made, Outcome, archive_errors, current, once, published, upstream_ledger, versions_of
+from md_assets.stages.once import (
+    Made,
+    Outcome,
+    archive_errors,
+    current,
+    once,
+    published,
+    recorded,
+    refuse_pruned,
+    upstream_ledger,
+    versions_of,
+)
 from md_assets.storage.publish import output_file, scratch, with_files, workspace
 
 SETTINGS = {"size": 1}
@@ -231,3 +242,42 @@ def test_upstream_must_be_published_balanced_and_of_the_same_settings(stage_dir:
 
 def test_versions_are_those_installed() -> None:
     assert versions_of("pillow") == {"md_assets": __version__, "pillow": importlib.metadata.version("pillow")}
+
+
+def prune(stage_dir: StageDir) -> Ledger:
+    """As `stages.prune` leaves an archive."""
+    ledger = replace(run(stage_dir).ledger, pruned=Pruned("2026-11-22T10:00:00+00:00", 4))
+    stage_dir.ledger("train/000").write_text(ledger.to_json())
+    stage_dir.data("train/000").unlink()
+    return ledger
+
+
+def test_a_pruned_archive_is_recorded_but_not_published(stage_dir: StageDir) -> None:
+    assert recorded(stage_dir, "train/000") is None
+    ledger = run(stage_dir).ledger
+    assert recorded(stage_dir, "train/000") == ledger
+    refuse_pruned(stage_dir, "train/000")
+    pruned = prune(stage_dir)
+    assert recorded(stage_dir, "train/000") == upstream_ledger(stage_dir, "train/000", SETTINGS) == pruned
+    assert published(stage_dir, "train/000") is None and current(stage_dir, "train/000", SETTINGS, INPUTS) is None
+    with pytest.raises(ArchiveError) as caught:
+        refuse_pruned(stage_dir, "train/000")
+    assert str(caught.value) == (
+        "jdb train/000: raw was pruned on 2026-11-22T10:00:00+00:00. Materialize jdb/raw of it again"
+    )
+    assert caught.value.reason == "pruned"
+
+
+def test_a_pruned_archive_is_made_again(stage_dir: StageDir) -> None:
+    prune(stage_dir)
+    again = run(stage_dir)
+    assert not again.passed_over and again.ledger.pruned is None
+    assert published(stage_dir, "train/000") == again.ledger
+
+
+def test_a_damaged_or_partly_missing_archive_is_not_recorded(stage_dir: StageDir) -> None:
+    run(stage_dir)
+    stage_dir.data("train/000").write_bytes(b"dat")
+    assert recorded(stage_dir, "train/000") is None
+    stage_dir.ledger("train/000").write_text("{")
+    assert recorded(stage_dir, "train/000") is None

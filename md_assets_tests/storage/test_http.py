@@ -59,7 +59,7 @@ def test_fetches_verifies_reports_and_leaves_nothing_else(hub: LoopbackHub, tmp_
     told: list[tuple[int, int]] = []
     path = tmp_path / "deep" / "a.tar"
     done = download(remote(hub), path, policy=POLICY, progress=lambda *numbers: told.append(numbers))
-    assert (done.path, done.size_bytes, done.fetched_bytes, done.attempts) == (path, 1_500_000, 1_500_000, 1)
+    assert (done.path, done.fetched_bytes, done.attempts) == (path, 1_500_000, 1) and done.remote == remote(hub)
     assert path.read_bytes() == CONTENT and no_leftovers(path)
     assert told[-1] == (1_500_000, 1_500_000) and [n for n, _ in told] == sorted({n for n, _ in told})
 
@@ -72,6 +72,18 @@ def test_whole_verified_destination_is_not_fetched_again_but_another_one_is(hub:
     assert download(remote(hub), path).attempts == 1
     assert path.read_bytes() == CONTENT
     assert download(remote(hub, checksum=None), path).attempts == 1
+
+
+def test_what_the_source_does_not_tell_is_found_out(hub: LoopbackHub, tmp_path: Path) -> None:
+    untold = remote(hub, size_bytes=None, checksum=None, content_id="")
+    hub.faults.cut("*/a.tar", 400_000)
+    with pytest.raises(SourceError):
+        download(untold, tmp_path / "a.tar", policy=replace(POLICY, attempts=1, attempts_in_all=1))
+    done = download(untold, tmp_path / "a.tar", policy=POLICY)
+    assert done.remote == replace(untold, size_bytes=1_500_000, content_id=SHA256.hexdigest)
+    assert 0 < done.fetched_bytes < 1_500_000  # what was there is part of the hash
+    named = download(replace(untold, content_id="v1"), tmp_path / "b.tar", policy=POLICY)
+    assert named.remote == replace(untold, size_bytes=1_500_000, content_id="v1")
 
 
 def test_resumes_after_cuts_and_hashes_over_the_seam(hub: LoopbackHub, tmp_path: Path) -> None:
@@ -259,7 +271,7 @@ def test_html_page_is_not_taken_for_the_file(hub: LoopbackHub, tmp_path: Path) -
 def test_empty_file(hub: LoopbackHub, tmp_path: Path) -> None:
     url = f"{hub.endpoint}/datasets/org/name/resolve/main/empty.txt"
     done = download(RemoteFile("empty.txt", url, 0, None, "x", ""), tmp_path / "e", policy=POLICY)
-    assert done.size_bytes == 0 and (tmp_path / "e").read_bytes() == b""
+    assert done.remote.size_bytes == 0 and (tmp_path / "e").read_bytes() == b""
 
 
 def test_full_disk_is_found_before_the_transfer(
@@ -267,7 +279,7 @@ def test_full_disk_is_found_before_the_transfer(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_499_999))
-    with pytest.raises(SourceError, match="1499999 bytes are free and 1500000 more are needed") as caught:
+    with pytest.raises(SourceError, match="1499999 bytes are free and 1500000 are needed") as caught:
         download(remote(hub), tmp_path / "a.tar", policy=POLICY)
     assert caught.value.reason == "disk_full" and not caught.value.transient
 

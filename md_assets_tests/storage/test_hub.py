@@ -95,7 +95,8 @@ def test_fetches_archive_and_small_file(hub: LoopbackHub, tmp_path: Path, repo_t
     one, repo = client(hub), "org/free" if repo_type == "dataset" else "org/model"
     for path, content in (("data/000.tgz", ARCHIVE), ("README.md", README)):
         file = one.locate(HubFile(repo, path, repo_type))  # type: ignore[arg-type]
-        assert one.fetch(file, tmp_path / "out" / path).read_bytes() == content
+        assert one.fetch(file, tmp_path / "out" / path) == file
+        assert (tmp_path / "out" / path).read_bytes() == content
     assert sorted(p.name for p in (tmp_path / "out").rglob("*")) == ["000.tgz", "README.md", "data"]
     assert hub.requests["listing"] == 1 and hub.requests["resolve"] == 2
 
@@ -119,7 +120,8 @@ def test_fetch_is_pinned_to_the_listed_commit(hub: LoopbackHub, tmp_path: Path) 
         one.listing("org/free").files["README.md"],
     )
     (tmp_path / "root/datasets/org/free/README.md").write_bytes(b"mended since")
-    assert one.fetch(archive, tmp_path / "a").read_bytes() == ARCHIVE
+    one.fetch(archive, tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == ARCHIVE
     with pytest.raises(SourceError, match="org/free has no revision") as caught:
         one.fetch(readme, tmp_path / "r")
     assert caught.value.reason == "not_found" and readme.revision in str(caught.value)
@@ -136,7 +138,8 @@ def test_gated_without_token_and_with_a_strangers(hub: LoopbackHub, tmp_path: Pa
         assert f"{hub.endpoint}/datasets/org/gated," in text and "HF_TOKEN" in text
         assert "\n" not in text
     granted = client(hub, "hf_granted")
-    assert granted.fetch(granted.locate(GATED), tmp_path / "a").read_bytes() == ARCHIVE
+    granted.fetch(granted.locate(GATED), tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == ARCHIVE
 
 
 def test_token_and_endpoint_come_from_the_environment_at_call_time(
@@ -147,7 +150,8 @@ def test_token_and_endpoint_come_from_the_environment_at_call_time(
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint + "/")
     monkeypatch.setenv("HF_TOKEN", "hf_granted")
     assert one.endpoint == hub.endpoint
-    assert one.fetch(one.locate(GATED), tmp_path / "a").read_bytes() == ARCHIVE
+    one.fetch(one.locate(GATED), tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == ARCHIVE
     assert all(request.with_token for request in hub.history)
 
 
@@ -276,7 +280,8 @@ def test_rate_limit_that_surfaces_as_missing_file_is_recognised(hub: LoopbackHub
 def test_expired_storage_link_is_renewed(hub: LoopbackHub, tmp_path: Path) -> None:
     one = client(hub)
     hub.faults.status("*/000.tgz", 403, place="body")
-    assert one.fetch(one.locate(HubFile("org/free", "data/000.tgz")), tmp_path / "a").read_bytes() == ARCHIVE
+    one.fetch(one.locate(HubFile("org/free", "data/000.tgz")), tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == ARCHIVE
     assert hub.requests["resolve"] == 2
 
 

@@ -101,7 +101,7 @@ def test_full_disk_is_told_with_its_remedy(tmp_path: Path) -> None:
     (tmp_path / "a.tar.part").symlink_to("/dev/full")
     with (
         PartFile(remote(), tmp_path / "a.tar", None) as part,
-        pytest.raises(SourceError, match=f"no space left in {tmp_path}.*MD_ASSETS_DATA") as caught,
+        pytest.raises(SourceError, match=f"too little space is left in {tmp_path}.*MD_ASSETS_DATA") as caught,
     ):
         part.append(CONTENT)
     assert caught.value.reason == "disk_full" and not caught.value.transient
