@@ -1,15 +1,22 @@
 """mds: convert one raw archive to MDS shards of images and captions.
 
+A sample is judged in this order: without a row of captions it is `no_caption`; where rows have safety scores, one above
+the threshold or without a number is `nsfw`, whatever its text; a text that is empty, also after cleaning, is
+`no_caption`. `orphan_captions` counts captions of the archive that have no sample in it. Where a row does not tell its
+archive, those are the captions whose number lies between the archive's lowest and highest.
+
 Here: the join of images and captions. Not here: the shard format (`storage.mds`), columns (`core.schema`),
-the caption index (`storage.captions`).
+the caption index (`storage.captions`), cleaning (`storage.caption_cleaning`).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from md_assets.core.errors import ArchiveError
 from md_assets.core.ledger import Ledger, Reason
@@ -19,11 +26,21 @@ from md_assets.core.schema import MDS_COLUMNS
 from md_assets.core.settings import ImageSettings, mds_settings, raw_settings
 from md_assets.core.spec import DatasetSpec
 from md_assets.stages.annotations import as_unicode
-from md_assets.stages.once import Made, Outcome, archive_errors, once, published, upstream_ledger, versions_of
-from md_assets.storage.captions import read_captions
+from md_assets.stages.once import (
+    Made,
+    Outcome,
+    archive_errors,
+    once,
+    published,
+    refuse_pruned,
+    upstream_ledger,
+    versions_of,
+)
+from md_assets.storage.caption_cleaning import CLEANING_PACKAGES, cleaned_caption
+from md_assets.storage.captions import IndexedCaption, read_captions, read_numbered_captions
 from md_assets.storage.mds import ShardWriter, ledgered_files
 from md_assets.storage.publish import scratch, with_files
-from md_assets.storage.raw_tar import iter_raw_tar
+from md_assets.storage.raw_tar import RawSample, iter_raw_tar
 
 
 def convert_archive(
@@ -58,13 +75,36 @@ def convert_archive(
         inputs["annotations"] = annotations.content_id
 
     def make(workspace: Path) -> Made:
-        captions: Mapping[str, str] = {}
+        refuse_pruned(raw_dir, archive)
+        raw_tar = raw_dir.data(archive)
+        captions: Mapping[str, IndexedCaption] = {}
+        orphans = raw.details.get("orphan_captions", 0)
         if annotations is not None:
-            captions = read_captions(root.annotations(spec.slug).data(annotations.archive), archive)
+            index = root.annotations(spec.slug).data(annotations.archive)
+            captions, without_sample = _read_captions(spec, archive, raw, raw_tar, index)
+            orphans += without_sample
         shards = scratch(workspace, "shards")
-        return Made(
-            shards, _write_shards(spec, archive, raw, raw_dir.data(archive), captions, shards, settings, inputs, report)
+        judge = _caption_judge(spec, captions, images)
+        kept, rejected, seen = _write_shards(spec, archive, raw, raw_tar, judge, shards, report)
+        orphans += len(captions.keys() - seen)
+        ledger = Ledger(
+            dataset=spec.slug,
+            archive=archive,
+            stage="mds",
+            read=raw.kept,
+            kept=kept,
+            rejected=rejected,
+            bytes_in=raw.bytes_out,
+            bytes_out=0,
+            seconds=0.0,
+            source=raw.source,
+            inputs=dict(inputs),
+            settings=dict(settings),
+            versions=versions_of("mosaicml-streaming", *(CLEANING_PACKAGES if spec.caption_cleaning else ())),
+            files=(),
+            details={"orphan_captions": orphans},
         )
+        return Made(shards, with_files(ledger, ledgered_files(shards, archive)))
 
     return once(root.mds(spec.slug), archive, settings, inputs, make, on_wait)
 
@@ -85,28 +125,74 @@ def _annotations_ledger(spec: DatasetSpec, archive: str, root: DataRoot) -> Ledg
     return ledger
 
 
+def _read_captions(
+    spec: DatasetSpec, archive: str, raw: Ledger, raw_tar: Path, index: Path
+) -> tuple[dict[str, IndexedCaption], int]:
+    """Captions of the archive by the key of their sample; and how many it was found to have without a sample, which are
+    left out of the former where they are not told to be the archive's."""
+    source = spec.annotation_of(archive)
+    if source is None or source.number_of is None:
+        return read_captions(index, archive), 0
+    keys = {key for rejected in raw.rejected.values() for key in rejected}
+    keys.update(sample.key for sample in iter_raw_tar(raw_tar, raw.files[0]))
+    numbers = []
+    for key in keys:
+        with suppress(ValueError):  # a sample without a number has no caption
+            numbers.append(source.number_of(key))
+    captions: dict[str, IndexedCaption] = {}
+    orphans = 0
+    if numbers:
+        for caption in read_numbered_captions(index, min(numbers), max(numbers)):
+            key = f"{archive}/{caption.key}"
+            if key in keys:
+                captions[key] = caption
+            else:
+                orphans += 1
+    return captions, orphans
+
+
+_Judge = Callable[[RawSample], tuple[str, str]]
+"""A sample -> its caption, and the reason to reject it (`core.ledger.Reason`); one of them is empty."""
+
+
+def _caption_judge(spec: DatasetSpec, captions: Mapping[str, IndexedCaption], images: ImageSettings) -> _Judge:
+    # In float32 as the scores are, so that a score of just the threshold is not above it.
+    threshold = np.float32(images.safety_threshold)
+
+    def judge(sample: RawSample) -> tuple[str, str]:
+        indexed = captions.get(sample.key)
+        # Before the text, so that the count of unsafe samples does not depend on their captions. NaN is not <= either.
+        if spec.scored and indexed is not None and not np.float32(indexed.unsafe) <= threshold:
+            return "", Reason.NSFW
+        caption = sample.caption if indexed is None or sample.caption is not None else indexed.text
+        caption = as_unicode(caption or "").replace("\0", "")
+        if caption.strip() and spec.caption_cleaning:
+            caption = cleaned_caption(caption)
+        return (caption, "") if caption.strip() else ("", Reason.NO_CAPTION)
+
+    return judge
+
+
 def _write_shards(
     spec: DatasetSpec,
     archive: str,
     raw: Ledger,
     raw_tar: Path,
-    captions: Mapping[str, str],
+    judge: _Judge,
     directory: Path,
-    settings: Mapping[str, Any],
-    inputs: Mapping[str, str],
     report: ReportProgress,
-) -> Ledger:
+) -> tuple[int, dict[str, list[str]], set[str]]:
+    """Write the samples that have a caption; returns how many, those rejected by reason, and all keys of raw."""
     read = 0
-    seen: set[str] = set()
+    seen = {key for keys in raw.rejected.values() for key in keys}
     rejected: dict[str, list[str]] = defaultdict(list)
     with ShardWriter(directory, MDS_COLUMNS) as writer:
         for sample in iter_raw_tar(raw_tar, raw.files[0]):
             read += 1
             seen.add(sample.key)
-            caption = sample.caption if sample.caption is not None else captions.get(sample.key)
-            caption = as_unicode(caption or "").replace("\0", "")
-            if not caption.strip():
-                rejected[Reason.NO_CAPTION].append(sample.key)
+            caption, reason = judge(sample)
+            if reason:
+                rejected[reason].append(sample.key)
                 continue
             writer.write(
                 {
@@ -126,25 +212,4 @@ def _write_shards(
             f"Delete the ledger and materialize {spec.slug}/raw of it again",
             reason="unbalanced",
         )
-    details = {}
-    if spec.annotations:
-        seen.update(key for keys in raw.rejected.values() for key in keys)
-        details["orphan_captions"] = len(captions.keys() - seen)
-    ledger = Ledger(
-        dataset=spec.slug,
-        archive=archive,
-        stage="mds",
-        read=read,
-        kept=writer.row_count,
-        rejected=dict(rejected),
-        bytes_in=raw.bytes_out,
-        bytes_out=0,
-        seconds=0.0,
-        source=raw.source,
-        inputs=dict(inputs),
-        settings=dict(settings),
-        versions=versions_of("mosaicml-streaming"),
-        files=(),
-        details=details,
-    )
-    return with_files(ledger, ledgered_files(directory, archive))
+    return writer.row_count, dict(rejected), seen

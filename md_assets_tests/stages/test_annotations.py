@@ -5,7 +5,6 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 
 from md_assets.core.errors import ArchiveError
@@ -13,8 +12,8 @@ from md_assets.core.ledger import Reason
 from md_assets.core.progress import Progress
 from md_assets.datasets.jdb import ANNOTATION_FILES
 from md_assets.demo.journeydb import miniature_archive
-from md_assets.stages import annotations
 from md_assets.stages.annotations import as_unicode
+from md_assets.storage import annotation_rows
 from md_assets.storage.captions import read_captions
 from md_assets_tests.stages.conftest import SAMPLES, SIZE_PX, JourneyDb
 
@@ -26,7 +25,7 @@ def row(name: str = "a", prompt: Any = "a prompt", folder: str = "000", **more: 
 def captions(jdb: JourneyDb, archive: str = "train/000") -> Mapping[str, str]:
     """One archive's captions by the image's name."""
     index = read_captions(jdb.dir("annotations").data(archive.partition("/")[0]), archive)
-    return {key.removeprefix(f"{archive}/"): text for key, text in index.items()}
+    return {key.removeprefix(f"{archive}/"): caption.text for key, caption in index.items()}
 
 
 def failure(jdb: JourneyDb) -> ArchiveError:
@@ -51,12 +50,6 @@ def test_rows_of_the_miniature_are_read_by_archive(jdb: JourneyDb) -> None:
         "jdb/annotations/train.parquet",
         "jdb/annotations/train.json",
     }
-
-
-def test_one_archive_is_one_row_group(jdb: JourneyDb) -> None:
-    jdb.annotations()
-    with pq.ParquetFile(jdb.dir("annotations").data("train")) as parquet:
-        assert [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)] == [10, 10]
 
 
 def test_second_run_passes_over_and_changed_content_is_indexed_again(jdb: JourneyDb) -> None:
@@ -146,7 +139,7 @@ def test_missing_columns_are_refused_with_their_names(jdb: JourneyDb, line: byte
 
 
 def test_a_huge_line_is_one_broken_row_and_its_neighbours_stay(jdb: JourneyDb, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(annotations, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(annotation_rows, "MAX_ROW_BYTES", 1000)
     fits = row("fits", "x" * (1000 - len(row("fits", "")) - 1))
     assert len(fits + b"\n") == 1000
     lines = [row("a"), row("huge", "x" * 5000), fits, row("too", "x" * 1000), row("b"), b"y" * 3000]

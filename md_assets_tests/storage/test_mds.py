@@ -8,6 +8,7 @@ import random
 import shutil
 import struct
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,18 @@ def test_no_rows_give_an_index_without_shards(tmp_path: Path) -> None:
     assert [p.name for p in directory.iterdir()] == ["index.json"]
     assert (list(iter_rows(directory)), row_count(directory), verify_shards(directory)) == ([], 0, 0)
     assert list(spread_rows(directory, 16)) == []
+
+
+def test_finishing_does_not_wait_for_uploads_that_there_are_none_of(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that would upload is still behind when the last row is written; streaming then sleeps for a second."""
+    monkeypatch.setattr("streaming.base.format.base.writer.sleep", lambda _: pytest.fail("it sleeps"))
+    with ShardWriter(tmp_path / "shards", MDS_COLUMNS) as writer:
+        monkeypatch.setattr(writer._writer.cloud_writer, "upload_file", lambda _: time.sleep(0.02))  # type: ignore[attr-defined]
+        for row in rows_of(23):
+            writer.write(row)
+    assert len(read_index(tmp_path / "shards")) > 2 and row_count(tmp_path / "shards") == 23
 
 
 def test_an_error_while_writing_leaves_no_index(tmp_path: Path) -> None:
