@@ -6,14 +6,19 @@ Here: showing values that others computed. Not here: computing them, see `stages
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
+from md_assets.core.names import first_of
 from md_assets.core.paths import StageDir
 from md_assets.core.spec import DatasetSpec
 from md_assets.core.verdict import Verdict
-from md_assets.stages.status import StageTotals, published_ledgers
+from md_assets.stages.status import StageTotals, recorded_ledgers
+
+if TYPE_CHECKING:
+    from md_assets.stages.prune import PruneReport
 
 PLAIN_WIDTH = 160
 """Columns where the output is no terminal: a log or a pipe shows the whole table."""
@@ -26,17 +31,17 @@ def console() -> Console:
 
 
 def print_archives(spec: DatasetSpec, stage_dirs: Iterable[StageDir]) -> None:
-    """A row for each published archive and stage: samples read, kept, rejected by reason, seconds."""
+    """A row for each archive and stage, published or pruned: samples read, kept, rejected by reason, seconds."""
     table = _table(spec.slug, "archive", "stage", "read", "kept", "rejected", "reasons", "MB", "seconds")
-    ledgers = [ledger for stage_dir in stage_dirs for ledger in published_ledgers(spec, stage_dir)]
+    ledgers = [(stage_dir, ledger) for stage_dir in stage_dirs for ledger in recorded_ledgers(spec, stage_dir)]
     order = {archive: number for number, archive in enumerate(spec.archives)}
     previous = None
-    for ledger in sorted(ledgers, key=lambda ledger: order[ledger.archive]):
+    for stage_dir, ledger in sorted(ledgers, key=lambda found: order[found[1].archive]):
         if previous not in (None, ledger.archive):
             table.add_section()
         table.add_row(
             "" if previous == ledger.archive else ledger.archive,
-            ledger.stage,
+            f"{stage_dir.asset} (pruned)" if ledger.pruned else stage_dir.asset,
             f"{ledger.read:,}",
             f"{ledger.kept:,}",
             f"{ledger.rejected_count:,}",
@@ -50,12 +55,15 @@ def print_archives(spec: DatasetSpec, stage_dirs: Iterable[StageDir]) -> None:
 
 def print_totals(spec: DatasetSpec, totals: Iterable[StageTotals]) -> None:
     """A row for each stage of a dataset: archives and samples."""
-    table = _table(spec.slug, "stage", "archives", "of", "read", "kept", "rejected", "reasons", "GB", "hours")
+    archives, samples = ("done", "stale", "pruned", "missing"), ("read", "kept", "rejected", "reasons")
+    table = _table(spec.slug, "stage", *archives, *samples, "GB", "hours")
     for stage in totals:
         table.add_row(
             stage.stage,
-            f"{stage.archives:,}",
-            f"{len(spec.archives):,}",
+            f"{stage.done:,}",
+            f"{stage.stale:,}",
+            f"{stage.pruned:,}",
+            f"{stage.missing:,}",
             f"{stage.read:,}",
             f"{stage.kept:,}",
             f"{sum(stage.rejected.values()):,}",
@@ -66,6 +74,33 @@ def print_totals(spec: DatasetSpec, totals: Iterable[StageTotals]) -> None:
     console().print(table)
 
 
+def print_stale(spec: DatasetSpec, totals: Iterable[StageTotals]) -> None:
+    """For each stage with stale archives in what they differ: `images.jpeg_quality: 90 in 12 archives, 95 wanted`."""
+    for stage in totals:
+        if stage.stale:
+            _line(f"{spec.slug}/{stage.stage}: {stage.stale:,} archives are stale")
+        for group in stage.stale_groups:
+            difference, count = group.difference, f"{len(group.archives):,} archives"
+            if difference.is_input:
+                what = f"{difference.what} changed after {count} were made"
+            else:
+                found, wanted = map(_setting, (difference.found, difference.wanted))
+                what = f"{difference.what}: {found} in {count}, {wanted} wanted"
+            _line(f"  {what} ({first_of(group.archives)})")
+
+
+def print_pruned(report: PruneReport) -> None:
+    """What was removed of a dataset, or would be, and why the rest stays."""
+    title = f"{report.dataset}: {'would be removed' if report.dry_run else 'removed'}"
+    table = _table(title, "stage", "archives", "bytes")
+    for name, count in report.archives.items():
+        table.add_row(name, f"{count:,}", f"{report.bytes[name]:,}")
+    table.add_row("together", "", f"{sum(report.bytes.values()):,}")
+    console().print(table)
+    for why, archives in report.kept_back_groups().items():
+        _line(f"{report.dataset}: not pruned, {why}: {len(archives):,} archives ({first_of(archives)})")
+
+
 def print_verdicts(verdicts: Iterable[tuple[str, str, Verdict]]) -> int:
     """A line for each failed check, given as (stage, archive, verdict), and a summary; returns how many failed."""
     shown, passed, failed = console(), 0, 0
@@ -74,11 +109,18 @@ def print_verdicts(verdicts: Iterable[tuple[str, str, Verdict]]) -> int:
             passed += 1
         else:
             failed += 1
-            # As it is: paths and names may hold what rich takes for markup.
-            line = f"FAILED {stage} {archive} {verdict.check}: {verdict.what}"
-            shown.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
+            _line(f"FAILED {stage} {archive} {verdict.check}: {verdict.what}")
     shown.print(f"{passed} checks passed, {failed} failed", highlight=False)
     return failed
+
+
+def _line(text: str) -> None:
+    """A line as it is: paths and names may hold what rich takes for markup."""
+    console().print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def _setting(value: Any) -> str:
+    return "absent" if value is None else str(value)
 
 
 def _table(title: str, *columns: str) -> Table:

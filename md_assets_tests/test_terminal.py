@@ -3,18 +3,29 @@
 import io
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from md_assets import terminal
-from md_assets.core.ledger import Ledger
+from md_assets.core.ledger import Ledger, Pruned
 from md_assets.core.paths import DataRoot
 from md_assets.core.verdict import Verdict
 from md_assets.datasets.jdb import SPEC
+from md_assets.stages.prune import KeptBack, PruneReport
+from md_assets.stages.stale import Difference, StaleGroup
 from md_assets.stages.status import StageTotals
-from md_assets.terminal import PLAIN_WIDTH, console, print_archives, print_totals, print_verdicts
+from md_assets.terminal import (
+    PLAIN_WIDTH,
+    console,
+    print_archives,
+    print_pruned,
+    print_stale,
+    print_totals,
+    print_verdicts,
+)
 
 
 def cells(line: str) -> list[str]:
@@ -29,14 +40,14 @@ def rows(text: str) -> list[list[str]]:
 
 def test_totals_are_a_row_for_each_stage(capsys: pytest.CaptureFixture[str]) -> None:
     rejected = Counter({"too_small": 1200, "undecodable": 3})
-    raw = StageTotals("raw", 12, 34567, 33364, rejected, 7_890_000_000, 5400.0)
-    print_totals(SPEC, [raw, StageTotals("mds_latents_sdxl1_dfnclipH14")])
+    raw = StageTotals("raw", 400, 9, 2, 1, 388, 34567, 33364, rejected, 7_890_000_000, 0, 5400.0)
+    print_totals(SPEC, [raw, StageTotals("mds_latents_sdxl1_dfnclipH14", 400, missing=400)])
     text = capsys.readouterr().out
     assert text.split()[0] == "jdb"
     assert rows(text) == [
-        ["stage", "archives", "of", "read", "kept", "rejected", "reasons", "GB", "hours"],
-        ["raw", "12", "400", "34,567", "33,364", "1,203", "too_small 1,200, undecodable 3", "7.89", "1.50"],
-        ["mds_latents_sdxl1_dfnclipH14", "0", "400", "0", "0", "0", "", "0.00", "0.00"],
+        ["stage", "done", "stale", "pruned", "missing", "read", "kept", "rejected", "reasons", "GB", "hours"],
+        ["raw", "9", "2", "1", "388", "34,567", "33,364", "1,203", "too_small 1,200, undecodable 3", "7.89", "1.50"],
+        ["mds_latents_sdxl1_dfnclipH14", "0", "0", "0", "400", "0", "0", "0", "", "0.00", "0.00"],
     ]
 
 
@@ -64,6 +75,54 @@ def test_an_archives_name_is_shown_once(
     publish_mds(root, "jdb", "train/000", mds_rows("train/000", 1))
     print_archives(SPEC, [root.mds("jdb"), root.mds("jdb")])
     assert [row[:2] for row in rows(capsys.readouterr().out)[1:]] == [["train/000", "mds"], ["", "mds"]]
+
+
+def test_stale_archives_are_told_by_what_differs(capsys: pytest.CaptureFixture[str]) -> None:
+    archives = tuple(f"train/{number:03}" for number in range(12))
+    groups = (
+        StaleGroup(Difference("images.jpeg_quality", 90, 95), archives),
+        StaleGroup(Difference("caption_cleaning", None, "deepfloyd"), archives[:2]),
+        StaleGroup(Difference("input raw"), archives[:1]),
+    )
+    print_stale(SPEC, [StageTotals("raw"), StageTotals("mds", 400, 388, 12, stale_groups=groups)])
+    assert capsys.readouterr().out.splitlines() == [
+        "jdb/mds: 12 archives are stale",
+        "  images.jpeg_quality: 90 in 12 archives, 95 wanted (train/000, train/001, train/002 and 9 more)",
+        "  caption_cleaning: absent in 2 archives, deepfloyd wanted (train/000, train/001)",
+        "  input raw changed after 1 archives were made (train/000)",
+    ]
+
+
+def test_what_was_pruned_and_what_was_not(capsys: pytest.CaptureFixture[str]) -> None:
+    kept_back = [KeptBack(f"train/{number:03}", "[not] encoded", False) for number in range(5)]
+    kept_back.append(KeptBack("valid/000", "damaged", True))
+    report = PruneReport("jdb", True, Counter(raw=2, mds=2), Counter(raw=1_234_567, mds=10), kept_back)
+    print_pruned(report)
+    text = capsys.readouterr().out
+    assert text.startswith("jdb: would be removed") and report.failed
+    assert rows(text) == [
+        ["stage", "archives", "bytes"],
+        ["raw", "2", "1,234,567"],
+        ["mds", "2", "10"],
+        ["together", "", "1,234,577"],
+    ]
+    assert text.splitlines()[-2:] == [
+        "jdb: not pruned, [not] encoded: 5 archives (train/000, train/001, train/002 and 2 more)",
+        "jdb: not pruned, damaged: 1 archives (valid/000)",
+    ]
+    print_pruned(PruneReport("jdb", False))
+    assert capsys.readouterr().out.startswith("jdb: removed")
+
+
+def test_a_pruned_archive_is_marked(
+    tmp_path: Any, publish_mds: Any, mds_rows: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = DataRoot(tmp_path)
+    ledger = publish_mds(root, "jdb", "train/000", mds_rows("train/000", 1))
+    pruned = replace(ledger, pruned=Pruned("2026-11-22", 1))
+    root.mds("jdb").ledger("train/000").write_text(pruned.to_json())
+    print_archives(SPEC, [root.mds("jdb")])
+    assert rows(capsys.readouterr().out)[1][:3] == ["train/000", "mds (pruned)", "1"]
 
 
 def test_failed_verdicts_are_lines_and_all_are_counted(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,10 +4,13 @@ Each archive that is published is recorded at once, with its metadata and checks
 run goes on; after the last one the step fails and names the failed ones. So the run is red, what is done stays done,
 and a re-run passes over it. (Returning a result from a ranged run would record every partition of the range.)
 
+A run of one partition records its archive by returning the result, at its end: Dagster passes over what comes after an
+asset that returned none, and so `raw`, `mds` and `latents` of one archive can be materialized in one run.
+
 Here: recording. Not here: the work on an archive, see `stages/`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import dagster as dg
 
@@ -23,6 +26,9 @@ DATA_VERSION_TAG = "dagster/data_version"
 
 FAILED_SHOWN = 20
 """Failed archives that the failure's sentence names; its table has all of them."""
+
+FAILURES_KEY = "failures"
+"""Metadata of a failure for programs: archive -> why it failed, its reason, and whether waiting may help."""
 
 
 class ArchiveRun:
@@ -45,6 +51,7 @@ class ArchiveRun:
         self._upstream = upstream
         self._name = self._key.to_user_string()
         self._done = self._passed_over = 0
+        self._results: list[dg.MaterializeResult] = []
         self.progress = ProgressLines(stage_dir.dataset, context.log.info)
         self.failures: list[ArchiveError] = []
 
@@ -56,19 +63,27 @@ class ArchiveRun:
             except ArchiveError as error:
                 self.fail(error)
 
-    def record(self, outcome: Outcome) -> None:
-        """An archive is published: record it, and check it; without reading all of it if that was done before."""
+    def record(self, outcome: Outcome, further: Mapping[str, dg.MetadataValue] | None = None) -> None:
+        """An archive is published: record it, and check it; without reading all of it if that was done before.
+
+        Args:
+            outcome: what came of it.
+            further: metadata beside those that its ledger gives.
+        """
         ledger = outcome.ledger
         self._done += 1
         self._passed_over += outcome.passed_over
-        self._context.log_event(
-            dg.AssetMaterialization(
-                self._key,
-                partition=ledger.archive,
-                metadata=archive_metadata(self._stage_dir, ledger, outcome.passed_over),
-                tags={DATA_VERSION_TAG: ledger.content_id[:32]},
+        metadata = {**archive_metadata(self._stage_dir, ledger, outcome.passed_over), **(further or {})}
+        version = ledger.content_id[:32]
+        if self._context.has_partition_key:
+            data_version = dg.DataVersion(version)
+            self._results.append(dg.MaterializeResult(self._key, metadata=metadata, data_version=data_version))
+        else:
+            self._context.log_event(
+                dg.AssetMaterialization(
+                    self._key, partition=ledger.archive, metadata=metadata, tags={DATA_VERSION_TAG: version}
+                )
             )
-        )
         if outcome.passed_over:
             self._context.log.info(f"{self._name} {ledger.archive}: already published, passed over")
         else:
@@ -91,8 +106,10 @@ class ArchiveRun:
         """Another run works on the archive."""
         self._context.log.info(f"{self._name} {archive}: another run works on it, waiting")
 
-    def finish(self) -> None:
+    def finish(self) -> list[dg.MaterializeResult]:
         """End the run.
+
+        Returns: what the asset must yield: the result of a run of one partition, nothing for a range.
 
         Raises:
             dg.Failure: some archives failed. Retried by Dagster if waiting may help one of them.
@@ -100,7 +117,7 @@ class ArchiveRun:
         summary = f"{self._name}: {self._done - self._passed_over} published, {self._passed_over} passed over"
         if not self.failures:
             self._context.log.info(summary)
-            return
+            return self._results
         named = "; ".join(str(error) for error in self.failures[:FAILED_SHOWN])
         rows = [f"| {e.archive} | {e.reason} | {e.what.replace('|', '/')} | {e.remedy} |" for e in self.failures]
         raise dg.Failure(
@@ -110,6 +127,9 @@ class ArchiveRun:
                     "\n".join(["| archive | reason | what | remedy |", "| --- | --- | --- | --- |", *rows])
                 ),
                 "summary": f"{summary}, {len(self.failures)} failed",
+                FAILURES_KEY: dg.MetadataValue.json(
+                    {e.archive: {"why": str(e), "reason": e.reason, "transient": e.transient} for e in self.failures}
+                ),
             },
             allow_retries=any(error.transient for error in self.failures),
         )

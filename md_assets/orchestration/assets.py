@@ -10,11 +10,13 @@ from typing import Any
 import dagster as dg
 
 from md_assets.core.paths import Stage
-from md_assets.core.spec import DatasetSpec
+from md_assets.core.source import HubFile
+from md_assets.core.spec import DatasetSpec, Subset
 from md_assets.orchestration import stage_runs
-from md_assets.orchestration.checks import check_specs
+from md_assets.orchestration.checks import check_specs, index_check_specs
 from md_assets.orchestration.partitions import archive_partitions
 from md_assets.orchestration.resources import EncodersResource, HubResource, ImagesResource
+from md_assets.orchestration.source_checks import links_checks
 
 OWNERS = ["team:data-platform"]
 
@@ -22,11 +24,18 @@ ARCHIVES_PER_RUN: dict[Stage, int] = {"raw": 8, "mds": 16, "latents": 64}
 """Archives that a backfill gives to one run. The numbers must differ: Dagster fuses assets of equal policy into one
 run, in which one failed raw archive would take mds and latents of all the others with it."""
 
+SUBSET_ARCHIVES_PER_RUN: dict[Stage, int] = {"mds": 32, "latents": 128}
+"""The same for the stages of subsets, which follow those of the whole."""
+
 RETRIES = dg.RetryPolicy(max_retries=2, delay=60, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
 """For steps in which an archive failed of something that passes. A Hub client has waited for minutes by then."""
 
 POOL_HUB = "hub"
 """Limits concurrent downloads: the Hub counts requests by address and account."""
+
+POOL_CAPTIONS = "captions"
+"""Limits concurrent indexing of captions. Not `hub`: the daemon queues a backfill's captions behind all its raw runs,
+and in their pool they would hold back every mds until the last archive is fetched."""
 
 POOL_GPU = "gpu"
 """Limits concurrent encoding runs: each takes all of this machine's GPUs."""
@@ -37,7 +46,11 @@ def dataset_assets(spec: DatasetSpec) -> list[Any]:
     assets = [_archive(spec), _raw(spec), _mds(spec), _mds_index(spec), _latents(spec), _latents_index(spec)]
     if spec.annotations:
         assets.insert(1, _annotations(spec))
-    return assets
+    for subset in spec.subsets:
+        assets += [_selected(spec, subset, "mds"), _selected_index(spec, subset, "mds")]
+        assets += [_selected(spec, subset, "latents"), _selected_index(spec, subset, "latents")]
+    assets += [_raw_only(spec, name) for name in dict.fromkeys(extra.asset for extra in spec.raw_only)]
+    return [*assets, *links_checks(spec, asset_key(spec, "archive"))]
 
 
 def asset_key(spec: DatasetSpec, name: str) -> dg.AssetKey:
@@ -51,8 +64,8 @@ def _archive(spec: DatasetSpec) -> Any:
         partitions_def=archive_partitions(spec),
         group_name=spec.slug,
         description=f"Archives of {spec.title} at their source, observed: the data version of each is its content id "
-        f"(LFS sha256), from one listing call.\n\n{spec.datasheet}",
-        tags={"dagster/kind/huggingface": ""},
+        f"there (LFS sha256, md5 or ETag), or its name where only the bytes tell.\n\n{spec.datasheet}",
+        tags={f"dagster/kind/{'huggingface' if isinstance(spec.locate(spec.archives[0]), HubFile) else 'http'}": ""},
     )
     def archive(context, hub: HubResource) -> dg.DataVersionsByPartition:
         return stage_runs.observe_archives(context, spec, hub)
@@ -66,7 +79,7 @@ def _annotations(spec: DatasetSpec) -> Any:
         group_name=spec.slug,
         owners=OWNERS,
         kinds={"huggingface", "parquet"},
-        pool=POOL_HUB,
+        pool=POOL_CAPTIONS,
         retry_policy=RETRIES,
         description=f"Captions of {spec.title}, indexed once so that one archive's captions are read without scanning "
         "the rest.",
@@ -79,8 +92,7 @@ def _annotations(spec: DatasetSpec) -> Any:
 
 def _raw(spec: DatasetSpec) -> Any:
     def raw(context: dg.AssetExecutionContext, hub: HubResource, images: ImagesResource):
-        stage_runs.fetch_archives(context, spec, hub, images)
-        yield from ()
+        yield from stage_runs.fetch_archives(context, spec, hub, images)
 
     return _archive_asset(
         spec,
@@ -96,8 +108,7 @@ def _raw(spec: DatasetSpec) -> Any:
 
 def _mds(spec: DatasetSpec) -> Any:
     def mds(context: dg.AssetExecutionContext, images: ImagesResource):
-        stage_runs.convert_archives(context, spec, images)
-        yield from ()
+        yield from stage_runs.convert_archives(context, spec, images)
 
     return _archive_asset(
         spec,
@@ -114,8 +125,7 @@ def _latents(spec: DatasetSpec) -> Any:
     def latents(
         context: dg.AssetExecutionContext, hub: HubResource, images: ImagesResource, encoders: EncodersResource
     ):
-        stage_runs.encode_archives(context, spec, hub, images, encoders)
-        yield from ()
+        yield from stage_runs.encode_archives(context, spec, hub, images, encoders)
 
     return _archive_asset(
         spec,
@@ -129,24 +139,51 @@ def _latents(spec: DatasetSpec) -> Any:
     )
 
 
+def _selected(spec: DatasetSpec, subset: Subset, stage: Stage) -> Any:
+    """mds or latents of a subset."""
+    name = f"{stage}_{subset.name}"
+    options: dict[str, Any] = {
+        "deps": [stage],
+        "pool": None,
+        "kinds": {"mosaicml", "python"},
+        "description": f"{stage} of the part of one archive of {spec.title} whose smaller image edge is "
+        f"{subset.min_edge_px} px or more before resizing: rows selected from `{spec.slug}/{stage}`, not made again.",
+    }
+
+    def select_mds(context: dg.AssetExecutionContext, images: ImagesResource):
+        yield from stage_runs.select_mds(context, spec, subset, images)
+
+    def select_latents(
+        context: dg.AssetExecutionContext, hub: HubResource, images: ImagesResource, encoders: EncodersResource
+    ):
+        yield from stage_runs.select_latents(context, spec, subset, hub, images, encoders)
+
+    return _archive_asset(spec, stage, select_mds if stage == "mds" else select_latents, name=name, **options)
+
+
 def _archive_asset(
     spec: DatasetSpec,
     stage: Stage,
     body: Callable[..., Any],
     *,
+    name: str = "",
     deps: Sequence[str],
     pool: str | None,
     kinds: set[str],
     description: str,
 ) -> Any:
-    """A stage's asset: partitioned by archive, run in ranges, recorded archive by archive."""
-    key, partitions_def = asset_key(spec, stage), archive_partitions(spec)
+    """A stage's asset: partitioned by archive, run in ranges, recorded archive by archive.
+
+    `name` is that of a subset's stage, and empty for the whole dataset's.
+    """
+    key, partitions_def = asset_key(spec, name or stage), archive_partitions(spec)
+    subset = name.removeprefix(f"{stage}_")
     return dg.multi_asset(
-        name=f"{spec.slug}__{stage}",
+        name=f"{spec.slug}__{name or stage}",
         specs=[
             dg.AssetSpec(
                 key,
-                deps=[asset_key(spec, name) for name in deps],
+                deps=[asset_key(spec, dep) for dep in deps],
                 partitions_def=partitions_def,
                 group_name=spec.slug,
                 owners=OWNERS,
@@ -155,37 +192,80 @@ def _archive_asset(
                 skippable=True,
             )
         ],
-        check_specs=check_specs(key, stage, partitions_def),
+        check_specs=check_specs(key, stage, partitions_def, subset),
         can_subset=True,  # makes the checks optional outputs: the body records them, archive by archive
-        backfill_policy=dg.BackfillPolicy.multi_run(ARCHIVES_PER_RUN[stage]),
+        backfill_policy=dg.BackfillPolicy.multi_run((SUBSET_ARCHIVES_PER_RUN if subset else ARCHIVES_PER_RUN)[stage]),
         pool=pool,
         retry_policy=RETRIES,
     )(body)
 
 
 def _mds_index(spec: DatasetSpec) -> Any:
-    @dg.asset(**_index_options(spec, "mds"))
-    def mds_index(images: ImagesResource) -> dg.MaterializeResult:
-        return stage_runs.merge_mds(spec, images)
+    @dg.multi_asset(**_index_options(spec, "mds"))
+    def mds_index(images: ImagesResource):
+        yield stage_runs.merge_mds(spec, images)
 
     return mds_index
 
 
 def _latents_index(spec: DatasetSpec) -> Any:
-    @dg.asset(**_index_options(spec, "latents"))
-    def latents_index(hub: HubResource, images: ImagesResource, encoders: EncodersResource) -> dg.MaterializeResult:
-        return stage_runs.merge_latents(spec, hub, images, encoders)
+    @dg.multi_asset(**_index_options(spec, "latents"))
+    def latents_index(hub: HubResource, images: ImagesResource, encoders: EncodersResource):
+        yield stage_runs.merge_latents(spec, hub, images, encoders)
 
     return latents_index
 
 
-def _index_options(spec: DatasetSpec, stage: Stage) -> dict[str, Any]:
-    return {
-        "key": asset_key(spec, f"{stage}_index"),
-        "deps": [asset_key(spec, stage)],
-        "group_name": spec.slug,
-        "owners": OWNERS,
-        "kinds": {"mosaicml", "json"},
-        "description": f"Merged index.json over all published {stage} archives of {spec.title} with the same settings: "
+def _selected_index(spec: DatasetSpec, subset: Subset, stage: Stage) -> Any:
+    options = _index_options(spec, f"{stage}_{subset.name}")
+    if stage == "mds":
+
+        @dg.multi_asset(**options)
+        def merge(images: ImagesResource):
+            yield stage_runs.merge_mds(spec, images, subset)
+    else:
+
+        @dg.multi_asset(**options)
+        def merge(hub: HubResource, images: ImagesResource, encoders: EncodersResource):
+            yield stage_runs.merge_latents(spec, hub, images, encoders, subset)
+
+    return merge
+
+
+def _raw_only(spec: DatasetSpec, name: str) -> Any:
+    extras = [extra for extra in spec.raw_only if extra.asset == name]
+    what = " ".join(f"`{extra.name}`: {extra.what}" for extra in extras)
+
+    @dg.asset(
+        key=asset_key(spec, name),
+        group_name=spec.slug,
+        owners=OWNERS,
+        kinds={"huggingface", "python"},
+        pool=POOL_HUB,
+        retry_policy=RETRIES,
+        description=f"What {spec.title} has beside its archives, fetched and kept as raw only. {what}",
+    )
+    def raw_only(context: dg.AssetExecutionContext, hub: HubResource, images: ImagesResource) -> dg.MaterializeResult:
+        return stage_runs.fetch_beside(context, spec, extras, hub, images)
+
+    return raw_only
+
+
+def _index_options(spec: DatasetSpec, stage: str) -> dict[str, Any]:
+    key = asset_key(spec, f"{stage}_index")
+    index = dg.AssetSpec(
+        key,
+        deps=[asset_key(spec, stage)],
+        group_name=spec.slug,
+        owners=OWNERS,
+        kinds={"mosaicml", "json"},
+        description=f"Merged index.json over all published {stage} archives of {spec.title} with the same settings: "
         "what a StreamingDataset is pointed at.",
+    )
+    # can_subset makes the check an optional output: no run evaluates it
+    return {
+        "name": "__".join(key.path),
+        "specs": [index],
+        "check_specs": index_check_specs(key),
+        "can_subset": True,
     }

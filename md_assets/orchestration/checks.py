@@ -9,17 +9,27 @@ from typing import Any
 import dagster as dg
 
 from md_assets.core.paths import Stage, StageDir
-from md_assets.core.verdict import CHECKS_OF_STAGE
+from md_assets.core.verdict import AUDITED, AUDITED_ARCHIVE, AUDITED_INDEX, checks_of
+from md_assets.stages.status import INDEXED_STAGES
 
 
 def check_specs(
-    key: dg.AssetKey, stage: Stage, partitions_def: dg.PartitionsDefinition[str]
+    key: dg.AssetKey, stage: Stage, partitions_def: dg.PartitionsDefinition[str], subset: str = ""
 ) -> list[dg.AssetCheckSpec]:
-    """The checks of a stage, stored by partition."""
+    """The checks of a stage, stored by partition; `subset` is the name of the subset that the asset is of.
+
+    `audited` is among them, which no run evaluates: a run plans it, and the sensor `audit` fills it in.
+    """
+    checks = {**checks_of(stage, subset), **({AUDITED: AUDITED_ARCHIVE} if stage in INDEXED_STAGES else {})}
     return [
         dg.AssetCheckSpec(name, asset=key, description=description, partitions_def=partitions_def)
-        for name, description in CHECKS_OF_STAGE[stage].items()
+        for name, description in checks.items()
     ]
+
+
+def index_check_specs(key: dg.AssetKey) -> list[dg.AssetCheckSpec]:
+    """The checks of a merged index, which the sensor `audit` fills in too."""
+    return [dg.AssetCheckSpec(AUDITED, asset=key, description=AUDITED_INDEX)]
 
 
 def evaluate(

@@ -4,13 +4,17 @@ Here: values for Dagster. Not here: what is counted (`core.ledger`), how a pictu
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
 from md_assets.core.errors import MdAssetsError
 from md_assets.core.ledger import Ledger
+from md_assets.core.names import first_of
 from md_assets.core.paths import StageDir
+
+if TYPE_CHECKING:
+    from md_assets.stages.prune import PruneReport
 
 KEYS_SHOWN = 5
 """Keys of rejected samples in the table; all of them are in the ledger, whose path is shown too."""
@@ -61,6 +65,17 @@ def rejects_table(rejected: Mapping[str, list[str]]) -> str:
         more = f" and {len(keys) - KEYS_SHOWN:,} more" if len(keys) > KEYS_SHOWN else ""
         rows.append(f"| {reason} | {len(keys):,} | {shown}{more} |")
     return "\n".join(rows)
+
+
+def pruned_table(report: "PruneReport") -> dg.MetadataValue:
+    """Markdown: what pruning removed of a dataset, or would remove, and what stays for which reason."""
+    freed = sum(report.bytes.values())
+    said = f"{freed:,} bytes would be removed; nothing was" if report.dry_run else f"{freed:,} bytes were removed"
+    rows = [said, "", "| what | archives | bytes |", "| --- | ---: | ---: |"]
+    rows += [f"| {name} | {count:,} | {report.bytes[name]:,} |" for name, count in report.archives.items()]
+    groups = report.kept_back_groups().items()
+    rows += ["", *(f"- Not pruned: {why}: {len(ids):,} archives ({first_of(ids)})" for why, ids in groups)]
+    return dg.MetadataValue.md("\n".join(rows))
 
 
 def _contact_sheet(stage_dir: StageDir, ledger: Ledger) -> str | None:

@@ -6,39 +6,37 @@ location does without.
 """
 
 import dataclasses
+import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import dagster as dg
 
-from md_assets.core.errors import MdAssetsError, SourceError
+from md_assets.core.errors import MdAssetsError
 from md_assets.core.paths import DataRoot, StageDir
 from md_assets.core.progress import ProgressLines
-from md_assets.core.settings import latents_settings, mds_settings
-from md_assets.core.spec import DatasetSpec
+from md_assets.core.settings import latents_settings, mds_settings, subset_settings
+from md_assets.core.spec import DatasetSpec, RawOnly, Subset
 from md_assets.orchestration.archive_run import ArchiveRun
-from md_assets.orchestration.metadata import rejects_table
+from md_assets.orchestration.metadata import archive_metadata, rejects_table
 from md_assets.orchestration.partitions import archives_of
 from md_assets.orchestration.resources import EncodersResource, HubResource, ImagesResource
+from md_assets.orchestration.source_checks import lists_metadata
 
 ABSENT_SHOWN = 20
 """Archives absent at the source that the log names."""
 
 
 def observe_archives(context: Any, spec: DatasetSpec, hub: HubResource) -> dg.DataVersionsByPartition:
-    """The content id of each archive that the source has, from one listing of each repository."""
+    """The content id of each archive that the source has; of a list of links also when they expire."""
     sources = hub.sources()
-    content_ids, absent = {}, []
     with _run_failures():
-        for archive in spec.archives:
-            try:
-                content_ids[archive] = sources.locate(spec.locate(archive)).content_id
-            except SourceError as error:
-                if error.reason != "not_found":
-                    raise
-                absent.append(archive)
+        content_ids, absent = sources.content_ids({archive: spec.locate(archive) for archive in spec.archives})
+        facts = lists_metadata(spec, sources)
+    if facts:
+        context.log_event(dg.AssetObservation(dg.AssetKey([spec.slug, "archive"]), metadata=facts))
     context.log.info(f"{spec.slug}/archive: {len(content_ids)} archives at the source, {len(absent)} absent")
     if absent:
         context.log.warning(f"{spec.slug}/archive: absent at the source: {', '.join(absent[:ABSENT_SHOWN])}")
@@ -68,7 +66,7 @@ def index_captions(context: dg.AssetExecutionContext, spec: DatasetSpec, hub: Hu
 
 def fetch_archives(
     context: dg.AssetExecutionContext, spec: DatasetSpec, hub: HubResource, images: ImagesResource
-) -> None:
+) -> list[dg.MaterializeResult]:
     """raw of each archive of the run."""
     from md_assets.stages.raw import fetch_archive
     from md_assets.storage.image_pool import ImagePool
@@ -91,10 +89,12 @@ def fetch_archives(
                 on_wait=lambda: run.waiting(archive),
             ),
         )
-    run.finish()
+    return run.finish()
 
 
-def convert_archives(context: dg.AssetExecutionContext, spec: DatasetSpec, images: ImagesResource) -> None:
+def convert_archives(
+    context: dg.AssetExecutionContext, spec: DatasetSpec, images: ImagesResource
+) -> list[dg.MaterializeResult]:
     """mds of each archive of the run."""
     from md_assets.stages.mds import convert_archive
 
@@ -106,7 +106,7 @@ def convert_archives(context: dg.AssetExecutionContext, spec: DatasetSpec, image
             spec, archive, root, settings, report=run.progress, on_wait=lambda: run.waiting(archive)
         ),
     )
-    run.finish()
+    return run.finish()
 
 
 def encode_archives(
@@ -115,7 +115,7 @@ def encode_archives(
     hub: HubResource,
     images: ImagesResource,
     encoders: EncodersResource,
-) -> None:
+) -> list[dg.MaterializeResult]:
     """latents of each archive of the run; no process is started when all are published."""
     from md_assets.orchestration.latents_launch import encode
     from md_assets.stages.latents import LatentsPlan
@@ -147,30 +147,130 @@ def encode_archives(
             run.record(Outcome(ledger, passed_over=True))
     if pending:
         encode(context, run, dataclasses.replace(plan, archives=tuple(pending)), processes, hub.environment())
-    run.finish()
+    return run.finish()
 
 
-def merge_mds(spec: DatasetSpec, images: ImagesResource) -> dg.MaterializeResult:
-    """The merged indexes of mds, one for each split."""
-    return _merge(spec, DataRoot.from_environment().mds(spec.slug), mds_settings(spec, images.settings()))
+def select_mds(
+    context: dg.AssetExecutionContext, spec: DatasetSpec, subset: Subset, images: ImagesResource
+) -> list[dg.MaterializeResult]:
+    """mds of a subset, for each archive of the run."""
+    root = DataRoot.from_environment()
+    settings = mds_settings(spec, images.settings())
+    return _select(context, spec, subset, root.mds(spec.slug), root.mds(spec.slug, subset.name), settings)
+
+
+def select_latents(
+    context: dg.AssetExecutionContext,
+    spec: DatasetSpec,
+    subset: Subset,
+    hub: HubResource,
+    images: ImagesResource,
+    encoders: EncodersResource,
+) -> list[dg.MaterializeResult]:
+    """Latents of a subset, for each archive of the run."""
+    root, tag = DataRoot.from_environment(), encoders.tag()
+    with _run_failures():
+        settings = latents_settings(mds_settings(spec, images.settings()), encoders.settings(hub.client()))
+    return _select(
+        context, spec, subset, root.latents(spec.slug, tag), root.latents(spec.slug, tag, subset.name), settings
+    )
+
+
+def _select(
+    context: dg.AssetExecutionContext,
+    spec: DatasetSpec,
+    subset: Subset,
+    whole_dir: StageDir,
+    subset_dir: StageDir,
+    whole_settings: Mapping[str, Any],
+) -> list[dg.MaterializeResult]:
+    from md_assets.stages.subset import select_archive
+
+    run = ArchiveRun(context, subset_dir, whole_dir)
+    with _run_failures():
+        subset_settings(whole_settings, subset)  # what would refuse every archive refuses the run
+    run.each(
+        archives_of(context, spec),
+        lambda archive: select_archive(
+            subset,
+            archive,
+            whole_dir,
+            subset_dir,
+            whole_settings,
+            report=run.progress,
+            on_wait=lambda: run.waiting(archive),
+        ),
+    )
+    return run.finish()
+
+
+def fetch_beside(
+    context: dg.AssetExecutionContext,
+    spec: DatasetSpec,
+    extras: Sequence[RawOnly],
+    hub: HubResource,
+    images: ImagesResource,
+) -> dg.MaterializeResult:
+    """Fetch what a dataset has beside its archives."""
+    from md_assets.stages.raw_only import fetch_raw_only
+    from md_assets.storage.image_pool import ImagePool
+
+    sources, root, settings = hub.sources(), DataRoot.from_environment(), images.settings()
+    progress = ProgressLines(spec.slug, context.log.info)
+    metadata: dict[str, Any] = {}
+    versions = []
+    with ImagePool(images.num_workers) as pool:
+        for extra in extras:
+            with _run_failures():
+                outcome = fetch_raw_only(
+                    spec,
+                    extra,
+                    functools.partial(sources.locate, extra.file),
+                    root,
+                    settings,
+                    fetcher=sources,
+                    pool=pool,
+                    keep_archive=hub.keep_archives,
+                    report=progress,
+                )
+            versions.append(outcome.ledger.content_id[:16])
+            facts = archive_metadata(root.raw(spec.slug), outcome.ledger, outcome.passed_over)
+            metadata |= {f"{extra.name} {name}": value for name, value in facts.items() if name != "dagster/row_count"}
+    return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion("-".join(versions)))
+
+
+def merge_mds(spec: DatasetSpec, images: ImagesResource, subset: Subset | None = None) -> dg.MaterializeResult:
+    """The merged indexes of mds, of the whole or a subset, one for each split."""
+    with _run_failures():
+        settings = _of_subset(mds_settings(spec, images.settings()), subset)
+    return _merge(spec, DataRoot.from_environment().mds(spec.slug, subset.name if subset else ""), settings)
 
 
 def merge_latents(
-    spec: DatasetSpec, hub: HubResource, images: ImagesResource, encoders: EncodersResource
+    spec: DatasetSpec,
+    hub: HubResource,
+    images: ImagesResource,
+    encoders: EncodersResource,
+    subset: Subset | None = None,
 ) -> dg.MaterializeResult:
-    """The merged indexes of the latents of one encoder pair, one for each split."""
-    stage_dir = DataRoot.from_environment().latents(spec.slug, encoders.tag())
+    """The merged indexes of the latents of one encoder pair, of the whole or a subset, one for each split."""
+    stage_dir = DataRoot.from_environment().latents(spec.slug, encoders.tag(), subset.name if subset else "")
     with _run_failures():
         mds = mds_settings(spec, images.settings())
-        settings = latents_settings(mds, encoders.settings(hub.client()))
+        settings = _of_subset(latents_settings(mds, encoders.settings(hub.client())), subset)
     return _merge(spec, stage_dir, settings)
+
+
+def _of_subset(whole_settings: dict[str, Any], subset: Subset | None) -> dict[str, Any]:
+    return subset_settings(whole_settings, subset) if subset else whole_settings
 
 
 def _merge(spec: DatasetSpec, stage_dir: StageDir, settings: Mapping[str, Any]) -> dg.MaterializeResult:
     """Merge the index of each split; a split of which nothing is published is left out."""
     from md_assets.stages.index import merge_indexes
 
-    rows = ["| split | archives | samples | shards | stale | missing | empty |", "| --- " + "| ---: " * 6 + "|"]
+    rows = ["| split | archives | samples | shards | stale | missing | empty | pruned |"]
+    rows.append("| --- " + "| ---: " * 7 + "|")
     metadata: dict[str, Any] = {}
     samples = 0
     for split in spec.splits or ("",):
@@ -178,9 +278,9 @@ def _merge(spec: DatasetSpec, stage_dir: StageDir, settings: Mapping[str, Any]) 
         with _run_failures():
             index = merge_indexes(stage_dir, split, archives, settings)
         if index is None:
-            rows.append(f"| {split} | 0 | 0 | 0 | | {len(archives)} | |")
+            rows.append(f"| {split} | 0 | 0 | 0 | | {len(archives)} | | |")
             continue
-        left_out = " | ".join(str(len(ids)) for ids in (index.stale, index.missing, index.empty))
+        left_out = " | ".join(str(len(ids)) for ids in (index.stale, index.missing, index.empty, index.pruned))
         rows.append(f"| {split} | {len(index.archives)} | {index.samples} | {index.shards} | {left_out} |")
         metadata[f"{split}_index" if split else "index"] = dg.MetadataValue.path(str(index.path))
         samples += index.samples

@@ -6,7 +6,7 @@ Here: which archives go in, and that what goes in is there. Not here: an archive
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from md_assets.core.errors import MdAssetsError
 from md_assets.core.ledger import Ledger
 from md_assets.core.paths import StageDir
 from md_assets.core.settings import fingerprint
-from md_assets.stages.once import published
+from md_assets.stages.once import recorded
 from md_assets.storage.mds import INDEX_NAME, INDEX_VERSION
-from md_assets.storage.publish import output_file, workspace, write_atomically
+from md_assets.storage.publish import fsync_directory, output_file, workspace, write_atomically
 
 METADATA_KEY = "md_assets"
 """Top-level key of a merged index that holds what a reader needs to know; mosaicml-streaming passes it over."""
@@ -34,6 +34,7 @@ class MergedIndex:
         stale: archives that are published with other settings and were left out.
         missing: archives that are not published.
         empty: archives that are published without a sample, so they have no shard to list.
+        pruned: archives whose data were removed on purpose.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class MergedIndex:
     stale: tuple[str, ...]
     missing: tuple[str, ...]
     empty: tuple[str, ...]
+    pruned: tuple[str, ...] = ()
 
 
 def merge_indexes(
@@ -72,11 +74,13 @@ def _merge(
     stage_dir: StageDir, split: str, archives: Sequence[str], wanted: str, workspace_dir: Path
 ) -> MergedIndex | None:
     merged: list[Ledger] = []
-    stale, missing, empty = [], [], []
+    stale, missing, empty, pruned = [], [], [], []
     for archive in archives:
         ledger = _whole(stage_dir, archive)
         if ledger is None:
             missing.append(archive)
+        elif ledger.pruned:
+            pruned.append(archive)
         elif ledger.fingerprint != wanted:
             stale.append(archive)
         elif ledger.kept == 0:
@@ -92,7 +96,7 @@ def _merge(
         "shards": shards,
         METADATA_KEY: {
             "dataset": stage_dir.dataset,
-            "stage": stage_dir.stage,
+            "stage": stage_dir.asset,
             "fingerprint": wanted,
             "samples": samples,
             "archives": len(merged),
@@ -102,12 +106,59 @@ def _merge(
     path = stage_dir.index(split)
     write_atomically(path, json.dumps(index, sort_keys=True).encode(), workspace_dir)
     archive_ids = tuple(ledger.archive for ledger in merged)
-    return MergedIndex(path, archive_ids, samples, len(shards), tuple(stale), tuple(missing), tuple(empty))
+    left_out = map(tuple, (stale, missing, empty, pruned))
+    return MergedIndex(path, archive_ids, samples, len(shards), *left_out)
+
+
+def drop_from_index(stage_dir: StageDir, split: str, archives: Collection[str]) -> int:
+    """Take archives out of the merged index of a split; removes it when nothing is left in it.
+
+    Args:
+        stage_dir: of the mds or latents stage.
+        split: empty for a dataset without splits.
+        archives: IDs of the split whose ledgers no longer count, so that no merge lists them again.
+
+    Returns: shards taken out.
+
+    Raises:
+        MdAssetsError: the index that is there cannot be read.
+    """
+    path = stage_dir.index(split)
+    with workspace(path) as own:  # a merge that read the ledgers before is awaited
+        if not path.exists():
+            return 0
+        folders = {_below_split(archive, split) for archive in archives}
+        try:
+            index = json.loads(path.read_bytes())
+            kept = [shard for shard in index["shards"] if archive_folder(shard) not in folders]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise MdAssetsError(
+                f"{path} is no merged index: {error}", "Delete it; an index is merged again at any time"
+            ) from error
+        dropped = len(index["shards"]) - len(kept)
+        if not kept:
+            path.unlink()
+            fsync_directory(path.parent)
+        elif dropped:
+            said = index.get(METADATA_KEY, {})
+            said["samples"] = sum(shard["samples"] for shard in kept)
+            said["archives"] = len({archive_folder(shard) for shard in kept})
+            write_atomically(path, json.dumps({**index, "shards": kept}, sort_keys=True).encode(), own)
+        return dropped
+
+
+def archive_folder(shard: Mapping[str, Any]) -> str:
+    """The archive of a merged index's shard, as its folder below the index."""
+    return str(shard["raw_data"]["basename"]).rpartition("/")[0]
+
+
+def _below_split(archive: str, split: str) -> str:
+    return archive.removeprefix(f"{split}/") if split else archive
 
 
 def _whole(stage_dir: StageDir, archive: str) -> Ledger | None:
-    """The ledger of an archive whose data are all there, None where it is not published."""
-    ledger = published(stage_dir, archive)
+    """The ledger of an archive whose data are all there or pruned, None where it is not published."""
+    ledger = recorded(stage_dir, archive)
     if ledger is None and stage_dir.ledger(archive).exists():
         raise _disagrees(stage_dir, archive, "its ledger is damaged, or files that it names are missing or cut off")
     return ledger
@@ -120,7 +171,7 @@ def _archive_shards(stage_dir: StageDir, ledger: Ledger, split: str) -> list[dic
         raise _disagrees(stage_dir, ledger.archive, "its index was edited after it was written")
     entries = json.loads(index_path.read_bytes())["shards"]
     ledgered = {file.path: file.bytes for file in ledger.files}
-    below_split = ledger.archive.removeprefix(f"{split}/") if split else ledger.archive
+    below_split = _below_split(ledger.archive, split)
     for entry in entries:
         raw = entry["raw_data"]
         if ledgered.get(f"{ledger.archive}/{raw['basename']}") != raw["bytes"]:
@@ -137,11 +188,11 @@ def _archive_shards(stage_dir: StageDir, ledger: Ledger, split: str) -> list[dic
 def _disagrees(stage_dir: StageDir, archive: str, what: str) -> MdAssetsError:
     return MdAssetsError(
         f"{stage_dir.dataset} {archive}: {what}",
-        f"Delete {stage_dir.ledger(archive)} and materialize {stage_dir.dataset}/{stage_dir.stage} of it again",
+        f"Delete {stage_dir.ledger(archive)} and materialize {stage_dir.dataset}/{stage_dir.asset} of it again",
     )
 
 
-LAYOUT_DETAILS = ("caption_latents", "image_latents", "dtype")
+LAYOUT_DETAILS = ("caption_latents", "image_latents", "dtype", "latent_mode")
 """Details of a latents ledger that say how its arrays are shaped; all archives of one fingerprint agree."""
 
 

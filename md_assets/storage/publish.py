@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from md_assets.core.ledger import Ledger, OutputFile
+from md_assets.core.ledger import Ledger, LedgerNumbers, OutputFile
 from md_assets.core.paths import StageDir
 
 WORKSPACE_SUFFIX = ".tmp"
@@ -60,6 +60,21 @@ def workspace(ledger_path: Path, *, wait: bool = True, on_wait: Callable[[], Non
         # Not only closed: a child process forked meanwhile may hold a copy of the descriptor, and with it the lock.
         fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
+
+
+def is_busy(ledger_path: Path) -> bool:
+    """Whether some process works on the archive; touches nothing."""
+    try:
+        descriptor = os.open(_workspace_path(ledger_path), os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def clear_leftovers(ledger_path: Path) -> None:
@@ -186,6 +201,14 @@ def read_ledger(path: Path) -> Ledger | None:
     except FileNotFoundError:
         return None
     return Ledger.from_json(text, str(path))
+
+
+def read_numbers(path: Path) -> LedgerNumbers | None:
+    """The numbers of the ledger at `path`, None where nothing is published; see `read_ledger`."""
+    try:
+        return LedgerNumbers.from_json(path.read_bytes(), str(path))
+    except FileNotFoundError:
+        return None
 
 
 def with_files(ledger: Ledger, files: tuple[OutputFile, ...]) -> Ledger:

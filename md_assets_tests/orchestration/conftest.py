@@ -36,6 +36,7 @@ class Platform:
         """Materialize an asset: without partitions, of one, or of a range given by its first and last."""
         merged = {name: {**QUICK.get(name, {}), **resources.get(name, {})} for name in {*QUICK, *resources}}
         used = {"raw": ("hub", "images"), "mds": ("images",), "annotations": ("hub",), "mds_index": ("images",)}
+        used |= {"raw_test": ("hub", "images"), "mds_minres512": ("images",), "mds_minres512_index": ("images",)}
         needed = used.get(asset.partition("/")[2], tuple(merged))
         partition_range = (partitions[0], partitions[-1]) if partitions else None
         return materialize(self.instance, asset, partition_range, {name: merged[name] for name in needed})
@@ -63,7 +64,7 @@ class Platform:
 def small_sandbox(tmp_path_factory: pytest.TempPathFactory) -> Sandbox:
     """Sources and encoders, written once and copied by `platform`; not to be changed."""
     sandbox = Sandbox(tmp_path_factory.mktemp("small"))
-    sandbox.prepare(SAMPLES, SIZE_PX)
+    sandbox.prepare(SAMPLES, SIZE_PX, datasets=["jdb"])
     return sandbox
 
 

@@ -9,9 +9,11 @@ import pytest
 
 from md_assets.core.progress import EVERY_S
 from md_assets.datasets.jdb import SPEC
+from md_assets.definitions import defs
 from md_assets.demo.journeydb import REJECTED_BY_RAW, miniature_archive, write_tgz
 from md_assets.demo.walkthrough import failure_of
-from md_assets_tests.orchestration.conftest import SAMPLES, SIZE_PX, Platform
+from md_assets.orchestration.archive_run import DATA_VERSION_TAG
+from md_assets_tests.orchestration.conftest import QUICK, SAMPLES, SIZE_PX, Platform
 
 
 def archive_file(platform: Platform, archive: str) -> Path:
@@ -154,3 +156,28 @@ def test_long_work_tells_how_far_it_is_every_few_seconds(platform: Platform) -> 
     lines = [entry.user_message for entry in platform.instance.all_logs(result.run_id)]
     fetched = [line for line in lines if re.match(r"jdb train/000 fetches: .* MB, [\d.]+ MB/s, ETA \d+:\d\d$", line)]
     assert len(fetched) == 2
+
+
+def test_one_partition_goes_through_several_stages_in_one_run(platform: Platform) -> None:
+    """Dagster would pass over mds, and call it a success, if raw returned no result."""
+    assert platform.run("jdb/annotations").success
+    job = defs.resolve_implicit_global_asset_job_def()
+    keys = {dg.AssetKey(["jdb", name]) for name in ("raw", "mds", "mds_index")}
+
+    result = job.get_subset(asset_selection=keys).execute_in_process(
+        instance=platform.instance,
+        partition_key="train/000",
+        run_config={"resources": {"images": {"config": dict(QUICK["images"])}}},
+    )
+
+    recorded = events(platform, result, dg.DagsterEventType.ASSET_MATERIALIZATION)
+    assert [(event.asset_key.path[-1], event.partition) for event in recorded if event.asset_key] == [
+        ("raw", "train/000"),
+        ("mds", "train/000"),
+        ("mds_index", None),
+    ]
+    raw = platform.ledger("raw", "train/000")
+    assert raw is not None and recorded[0].step_materialization_data.materialization.metadata["kept"].value == raw.kept
+    version = recorded[0].step_materialization_data.materialization.tags or {}
+    assert version[DATA_VERSION_TAG] == raw.content_id[:32]
+    assert platform.dir("mds").index("train").exists()

@@ -1,18 +1,37 @@
 """Assets on a real instance: the way from a Hub archive to a merged index, and what the launchpad can change."""
 
+from dataclasses import replace
+
 import dagster as dg
 import numpy as np
 
+from md_assets.core.spec import Subset
 from md_assets.datasets.jdb import SPEC
 from md_assets.demo.walkthrough import failure_of
-from md_assets.orchestration.assets import ARCHIVES_PER_RUN, dataset_assets
+from md_assets.orchestration.assets import ARCHIVES_PER_RUN, SUBSET_ARCHIVES_PER_RUN, dataset_assets
 from md_assets.storage.mds import iter_rows
 from md_assets_tests.orchestration.conftest import Platform
 
 
 def test_a_dataset_has_annotations_only_where_captions_are_outside_its_archives() -> None:
-    assert len(dataset_assets(SPEC)) == 7
+    names = {definition.key.to_user_string() for definition in dataset_assets(SPEC)}
+    assert {"jdb/annotations", "jdb/raw_test"} < names and len(names) == 8
+    without = {definition.key.to_user_string() for definition in dataset_assets(replace(SPEC, annotations=()))}
+    assert names - without == {"jdb/annotations"}
     assert set(ARCHIVES_PER_RUN) == {"raw", "mds", "latents"}
+
+
+def test_every_subset_has_four_assets_of_its_own() -> None:
+    parts = (Subset("large", 512), Subset("huge", 1024))
+    names = {definition.key.to_user_string() for definition in dataset_assets(replace(SPEC, subsets=parts))}
+    assert names - {definition.key.to_user_string() for definition in dataset_assets(SPEC)} == {
+        f"jdb/{stage}_{part}{index}"
+        for stage in ("mds", "latents")
+        for part in ("large", "huge")
+        for index in ("", "_index")
+    }
+    sizes = [*ARCHIVES_PER_RUN.values(), *SUBSET_ARCHIVES_PER_RUN.values()]
+    assert len(set(sizes)) == len(sizes)
 
 
 def test_archives_are_observed_from_one_listing(platform: Platform) -> None:

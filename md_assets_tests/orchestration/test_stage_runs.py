@@ -1,8 +1,16 @@
 """What a run of each asset does beyond calling its stage."""
 
+import dagster as dg
+
+from md_assets.core.verdict import CHECKS_OF_STAGE
+from md_assets.datasets.cc12m import SPEC as CC12M
+from md_assets.datasets.jdb import SPEC as JDB
+from md_assets.demo.journeydb import TEST_IMAGES
 from md_assets.demo.walkthrough import failure_of
-from md_assets.storage.mds import read_index
+from md_assets.orchestration.resources import EncodersResource, HubResource
+from md_assets.storage.mds import iter_rows, read_index
 from md_assets_tests.orchestration.conftest import Platform
+from md_assets_tests.stages.made_chain import publish_chain
 
 
 def test_annotations_report_their_rows(platform: Platform) -> None:
@@ -46,7 +54,7 @@ def test_stale_archives_are_left_out_of_the_index_and_counted(platform: Platform
 
     assert result.success, failure_of(result)
     (event,) = result.get_asset_materialization_events()
-    assert "| train | 1 | 6 | 1 | 1 | 198 | 0 |" in event.materialization.metadata["archives"].value
+    assert "| train | 1 | 6 | 1 | 1 | 198 | 0 | 0 |" in event.materialization.metadata["archives"].value
     (shard,) = read_index(platform.dir("mds").path / "train")
     assert shard.path.parent.name == "000"
 
@@ -58,3 +66,63 @@ def test_encoders_that_do_not_exist_are_one_clear_sentence(platform: Platform) -
 
     assert not result.success
     assert "the VAE folder /does/not/exist does not exist. Correct `vae` or MD_ASSETS_VAE" in failure_of(result)
+
+
+CC = "cc12m-train-0000"
+QUICK_ENCODERS = {"image_resolutions": [32]}
+"""Those of `made_chain`."""
+
+
+def publish_cc12m(platform: Platform) -> None:
+    """An archive of cc12m in raw, mds and latents, as the platform's own encoders would have made it."""
+    encoders = EncodersResource(**QUICK_ENCODERS)
+    settings = encoders.settings(HubResource().client())
+    publish_chain(platform.sandbox.data, CC12M, CC, tag=encoders.tag(), encoders=settings, subsets=False)
+
+
+def test_subsets_are_selected_checked_and_merged(platform: Platform) -> None:
+    publish_cc12m(platform)
+
+    for stage in ("mds", "latents"):
+        for asset, *partition in ((f"cc12m/{stage}_minres512", CC), (f"cc12m/{stage}_minres512_index",)):
+            result = platform.run(asset, *partition, encoders=QUICK_ENCODERS)
+            assert result.success, failure_of(result)
+        assert platform.materialized(f"cc12m/{stage}_minres512") == {CC}
+        found = [
+            entry.dagster_event.asset_check_evaluation_data
+            for run in platform.instance.get_runs()
+            for entry in platform.instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ASSET_CHECK_EVALUATION)
+        ]
+        found = [e for e in found if e.asset_key.to_user_string() == f"cc12m/{stage}_minres512"]
+        assert {e.check_name for e in found} == set(CHECKS_OF_STAGE[stage])
+        assert all(e.passed and e.partition == CC for e in found)
+    root = platform.sandbox.data
+    for stage_dir in (root.mds("cc12m", "minres512"), root.latents("cc12m", "sdxl1_dfnclipH14", "minres512")):
+        assert [row["key"] for row in iter_rows(stage_dir.path)] == [f"{CC}/0", f"{CC}/2"]
+
+
+def test_a_subset_that_cannot_be_told_refuses_the_whole_run(platform: Platform) -> None:
+    publish_cc12m(platform)
+
+    result = platform.run("cc12m/mds_minres512", CC, images={"max_image_size": 300})
+
+    assert not result.success
+    assert failure_of(result).startswith("max_image_size 300 makes every stored image smaller than the 512 px")
+
+
+def test_what_jdb_has_beside_its_archives_is_one_asset(platform: Platform) -> None:
+    result = platform.run("jdb/raw_test")
+
+    assert result.success, failure_of(result)
+    (event,) = result.get_asset_materialization_events()
+    metadata = event.materialization.metadata
+    lines, images = (extra.name for extra in sorted(JDB.raw_only, key=lambda extra: extra.images))
+    assert metadata[f"{lines} kept"].value == metadata[f"{images} kept"].value == TEST_IMAGES
+    assert metadata[f"{images} rejected"].value == 0
+    assert metadata[f"{lines} details"].value == {"broken_lines": 0, "first_broken_lines": []}
+    raw = platform.dir("raw").path
+    assert sorted(str(p.relative_to(raw)) for p in raw.rglob("*") if p.is_file()) == sorted(
+        f"{name}{suffix}" for name, ending in ((lines, ".jsonl"), (images, ".tar")) for suffix in (ending, ".json")
+    )
+    assert platform.run("jdb/raw_test").success
+    assert all(ledger is not None for ledger in (platform.ledger("raw", images), platform.ledger("raw", lines)))

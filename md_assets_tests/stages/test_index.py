@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from md_assets.core.errors import MdAssetsError
-from md_assets.core.ledger import Ledger
+from md_assets.core.ledger import Ledger, Pruned
 from md_assets.core.paths import DataRoot, StageDir
 from md_assets.core.settings import ImageSettings, fingerprint, mds_settings
 from md_assets.datasets.jdb import SPEC
-from md_assets.stages.index import METADATA_KEY, MergedIndex, merge_indexes
+from md_assets.stages.index import METADATA_KEY, MergedIndex, drop_from_index, merge_indexes
 from md_assets.storage.mds import INDEX_NAME, iter_rows
 from md_assets.storage.publish import output_file, read_ledger
 from md_assets_tests.stages.conftest import LATENT_SHAPES, LAYOUT
@@ -250,3 +250,62 @@ def test_several_merges_at_once(stage_dir: StageDir) -> None:
     assert len(merged) == 4 and len(set(merged)) == 1
     index = json.loads(merged[0].path.read_bytes())
     assert index[METADATA_KEY]["fingerprint"] == fingerprint(SETTINGS)
+
+
+def prune(stage_dir: StageDir, archive: str) -> None:
+    """As `stages.prune` leaves an archive."""
+    ledger = read_ledger(stage_dir.ledger(archive))
+    assert ledger is not None
+    stage_dir.ledger(archive).write_text(replace(ledger, pruned=Pruned("2026-11-22", 1)).to_json())
+    shutil.rmtree(stage_dir.data(archive))
+
+
+def test_pruned_archives_are_left_out_and_listed(stage_dir: StageDir) -> None:
+    prune(stage_dir, "train/001")
+    merged = merge(stage_dir)
+    assert (merged.archives, merged.pruned) == (("train/000", "train/003"), ("train/001",))
+    assert merged.missing == ("train/002", "train/004")
+
+
+def test_archives_are_dropped_from_an_index_and_the_rest_stays_as_it_is(stage_dir: StageDir) -> None:
+    path = merge(stage_dir).path
+    before = json.loads(path.read_bytes())
+    assert drop_from_index(stage_dir, "train", ["train/001", "train/002"]) == 1
+    after = json.loads(path.read_bytes())
+    assert after["shards"] == [before["shards"][0], before["shards"][2]]
+    assert after[METADATA_KEY] == {**before[METADATA_KEY], "samples": 7, "archives": 2}
+    stage_dir.ledger("train/001").unlink()
+    assert merge(stage_dir).path.read_bytes() == json.dumps(after, sort_keys=True).encode()
+
+
+def test_dropping_what_is_not_in_an_index_writes_nothing(stage_dir: StageDir) -> None:
+    path = merge(stage_dir).path
+    before = path.stat()
+    assert drop_from_index(stage_dir, "train", ["train/002"]) == 0
+    assert path.stat() == before
+    assert drop_from_index(stage_dir, "valid", ["valid/000"]) == 0
+    assert not stage_dir.index("valid").exists()
+
+
+def test_an_index_with_nothing_left_is_removed(stage_dir: StageDir) -> None:
+    path = merge(stage_dir).path
+    assert drop_from_index(stage_dir, "train", list(COUNTS)) == 3
+    assert not path.exists() and not list(stage_dir.path.rglob(".*"))
+
+
+def test_of_a_dataset_without_splits_too(tmp_path: Path, publish_mds: Any, mds_rows: Any) -> None:
+    stage_dir = DataRoot(tmp_path).mds("cc12m")
+    for archive in ("cc12m-train-0000", "cc12m-train-0001"):
+        publish_mds(DataRoot(tmp_path), "cc12m", archive, mds_rows(archive, 2))
+    merged = merge_indexes(stage_dir, "", ["cc12m-train-0000", "cc12m-train-0001"], SETTINGS)
+    assert merged is not None and drop_from_index(stage_dir, "", ["cc12m-train-0000"]) == 1
+    assert [row["key"][:16] for row in iter_rows(stage_dir.path)] == ["cc12m-train-0001"] * 2
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"shards": 3}', '{"shards": [{}]}'])
+def test_an_index_that_cannot_be_read_is_left_and_named(stage_dir: StageDir, text: str) -> None:
+    path = merge(stage_dir).path
+    path.write_text(text)
+    with pytest.raises(MdAssetsError, match=r"index\.json is no merged index: .*Delete it"):
+        drop_from_index(stage_dir, "train", ["train/000"])
+    assert path.read_text() == text

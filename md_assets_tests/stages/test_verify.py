@@ -286,6 +286,28 @@ def test_latents_valid_decodes_a_sample_of_many(root: DataRoot, publish_latents:
     assert latents_valid(stage_dir, ARCHIVE).facts == {"rows": 300, "rows_decoded": verify.ROWS_SAMPLED}
 
 
+ROUND_TRIP = {"keys": ["a", "b"], "psnr_db": {"32": [30.1, 28.4]}, "caption_error": [0.0002, 0.0001]}
+
+
+def test_latents_valid_reports_what_came_back_of_a_few_rows(latents_dir: StageDir) -> None:
+    rewrite(latents_dir, details={**ledger_of(latents_dir).details, "round_trip": ROUND_TRIP})
+    verdict = latents_valid(latents_dir, ARCHIVE)
+    assert verdict.passed
+    assert verdict.facts == {"rows": 5, "rows_decoded": 5, "psnr_db_32": 28.4, "caption_error": 0.0002}
+
+
+def test_latents_valid_fails_where_a_captions_states_are_anothers(latents_dir: StageDir) -> None:
+    other = {**ROUND_TRIP, "caption_error": [0.0002, 0.97]}
+    rewrite(latents_dir, details={**ledger_of(latents_dir).details, "round_trip": other})
+    assert_fails(latents_valid(latents_dir, ARCHIVE), "sample b: its caption's states differ by 97%")
+
+
+def test_latents_valid_does_without_a_round_trip_that_had_no_room(latents_dir: StageDir) -> None:
+    details = {**ledger_of(latents_dir).details, "round_trip": {"skipped": "out of memory"}}
+    rewrite(latents_dir, details=details)
+    assert latents_valid(latents_dir, ARCHIVE).facts == {"rows": 5, "rows_decoded": 5}
+
+
 def test_an_archive_without_a_sample_is_whole_but_a_check_says_so(
     root: DataRoot, publish_latents: Callable[..., Ledger]
 ) -> None:

@@ -20,9 +20,11 @@ from md_assets.core.paths import DataRoot, StageDir
 from md_assets.storage.publish import (
     BusyError,
     clear_leftovers,
+    is_busy,
     output_file,
     publish,
     read_ledger,
+    read_numbers,
     scratch,
     with_files,
     workspace,
@@ -347,3 +349,23 @@ def test_a_file_is_replaced_at_once_for_whoever_reads_meanwhile(tmp_path: Path) 
     reader.join()
     assert read == set(contents)
     assert [p.name for p in tmp_path.iterdir()] == ["index.json"]
+
+
+def test_whether_somebody_works_is_told_without_touching_anything(tmp_path: Path) -> None:
+    ledger = tmp_path / "raw" / "000.json"
+    assert not is_busy(ledger) and not ledger.parent.exists()
+    with workspace(ledger) as own:
+        before = own.stat()
+        assert is_busy(ledger) and own.stat() == before
+    own.mkdir()  # of one who was killed
+    assert not is_busy(ledger) and own.exists()
+
+
+def test_numbers_are_read_where_a_ledger_is(tmp_path: Path) -> None:
+    assert read_numbers(tmp_path / "none.json") is None
+    (tmp_path / "a.json").write_text(ledger("raw", "x").to_json())
+    numbers = read_numbers(tmp_path / "a.json")
+    assert numbers is not None and numbers.inputs == {"content": "x"} and numbers.kept == 1
+    (tmp_path / "a.json").write_bytes(b"\xff")
+    with pytest.raises(MdAssetsError, match=r"a\.json is no ledger"):
+        read_numbers(tmp_path / "a.json")
