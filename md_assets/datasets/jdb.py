@@ -7,10 +7,10 @@
 from them, so latents of it must not be published either.
 
 **Archives** · 200 `data/train/imgs/NNN.tgz` and 200 `data/valid/imgs/NNN.tgz`. A partition is `train/000` …
-`train/199`, `valid/000` … `valid/199`.
+`train/199`, `valid/000` … `valid/199`. Of the test split, images and questions are fetched as raw only.
 
 **Samples** · Every file of a tgz is an image, at `./NNN/<uuid>.jpg`; its key is `<split>/NNN/<uuid>`. Train has
-4,453,193 images, valid 235,156; most are 1024 px on the smaller edge or more.
+4,453,193 images, valid 235,156, test 5,402; most are 1024 px on the smaller edge or more.
 
 **Captions** · `prompt` of `train_anno_realease_repath.jsonl.tgz` (spelled so) and `valid_anno_repath.jsonl.tgz`,
 whose `img_path` is the image's path in its tgz. 4,189,737 of the train images have one; an image without is rejected
@@ -27,7 +27,7 @@ from typing import Any
 
 from md_assets.core.names import safe_name, sample_key
 from md_assets.core.source import HubFile
-from md_assets.core.spec import AnnotationSource, Caption, DatasetSpec, Member, Rejected, Sample
+from md_assets.core.spec import AnnotationSource, Caption, DatasetSpec, Member, RawOnly, Rejected, Sample
 
 REPO = "JourneyDB/JourneyDB"
 ARCHIVES_PER_SPLIT = 200
@@ -77,4 +77,13 @@ SPEC = DatasetSpec(
     ),
     splits=tuple(ANNOTATION_FILES),
     small=("train/000", "train/001", "valid/000", "valid/001"),
+    raw_only=(
+        RawOnly(
+            "test/test_questions",
+            HubFile(REPO, "data/test/test_questions.jsonl.tgz"),
+            "The questions of the test split, one JSON object a line.",
+            images=False,
+        ),
+        RawOnly("test/imgs", HubFile(REPO, "data/test/imgs.tgz"), "The images of the test split.", images=True),
+    ),
 )

@@ -11,20 +11,31 @@ from md_assets import datasets
 from md_assets.core.errors import SettingsError
 from md_assets.core.ledger import Reason
 from md_assets.core.paths import checked_archive_id
+from md_assets.core.source import Address, HubFile, WebFile
 from md_assets.core.spec import DatasetSpec, Member, Rejected, Sample
 from md_assets.datasets import all_specs, spec_of
 
 HEADINGS = ("Source", "License", "Archives", "Samples", "Captions", "Known defects")
-SLUGS = ("jdb", "diffdb", "cc12m", "sa1b", "textcaps", "coco2014")
+SLUGS = ("cc12m", "coco2014", "diffdb", "jdb", "sa1b", "textcaps")
 """Of the contract; directories that training configs of the reference already name."""
+
+ARCHIVES = {
+    "cc12m": (2_176, "cc12m-train-0000", "cc12m-train-2175"),
+    "coco2014": (1, "val2014", "val2014"),
+    "diffdb": (14_000, "part-000001", "part-014000"),
+    "jdb": (400, "train/000", "valid/199"),
+    "sa1b": (1_000, "sa_000000", "sa_000999"),
+    "textcaps": (15, "train/00000", "val/00001"),
+}
+"""Number of archives, the first and the last; of the contract."""
 
 SPECS = all_specs()
 each = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.slug)
 
 
-def test_there_are_datasets_and_each_is_found_by_its_slug() -> None:
-    assert SPECS and all(spec_of(spec.slug) is spec for spec in SPECS)
-    assert {spec.slug for spec in SPECS} <= set(SLUGS)
+def test_there_are_six_datasets_and_each_is_found_by_its_slug() -> None:
+    assert tuple(spec.slug for spec in SPECS) == SLUGS
+    assert all(spec_of(spec.slug) is spec for spec in SPECS)
 
 
 def test_a_dataset_that_does_not_exist_is_named_with_those_that_do() -> None:
@@ -45,6 +56,11 @@ def test_a_module_without_a_spec_of_its_own_is_refused(
 
 
 @each
+def test_archives_are_those_of_the_contract(spec: DatasetSpec) -> None:
+    assert (len(spec.archives), spec.archives[0], spec.archives[-1]) == ARCHIVES[spec.slug]
+
+
+@each
 def test_archive_ids_are_unique_relative_paths(spec: DatasetSpec) -> None:
     assert spec.archives and len(set(spec.archives)) == len(spec.archives)
     for archive in spec.archives:
@@ -61,13 +77,37 @@ def test_no_archives_directory_lies_in_anothers_nor_where_an_index_is(spec: Data
     assert "index" not in spec.archives
 
 
-@each
-def test_every_archive_has_an_address_of_its_own(spec: DatasetSpec) -> None:
+def addresses(spec: DatasetSpec) -> list[Address]:
+    """Every file that the dataset is fetched from."""
     files = [spec.locate(archive) for archive in spec.archives]
+    return [*files, *(source.file for source in spec.annotations), *(extra.file for extra in spec.raw_only)]
+
+
+@each
+def test_every_file_has_an_address_of_its_own(spec: DatasetSpec) -> None:
+    files = addresses(spec)
     assert len(set(files)) == len(files)
     for file in files:
-        assert re.fullmatch(r"[\w.-]+/[\w.-]+", file.repo) and file.repo_type == "dataset"
-        assert file.path and not file.path.startswith("/") and ".." not in file.path.split("/")
+        if isinstance(file, HubFile):
+            assert_is_in_a_repository(file)
+        elif isinstance(file, WebFile):
+            assert_is_relative(file.path)
+            assert re.fullmatch(r"https?://[\w.]+", file.default_base)
+            assert file.checksum is not None and re.fullmatch(r"[0-9a-f]{32}", file.checksum.hexdigest)
+            assert re.fullmatch(r"MD_ASSETS_[A-Z0-9]+_URL", file.base_variable)
+        else:
+            assert_is_relative(file.name)
+            assert_is_in_a_repository(file.mirror)
+            assert re.fullmatch(r"MD_ASSETS_[A-Z0-9]+_LINKS", file.list_variable)
+
+
+def assert_is_in_a_repository(file: HubFile) -> None:
+    assert re.fullmatch(r"[\w.-]+/[\w.-]+", file.repo) and file.repo_type == "dataset"
+    assert_is_relative(file.path)
+
+
+def assert_is_relative(path: str) -> None:
+    assert path and not path.startswith("/") and ".." not in path.split("/")
 
 
 @each
@@ -92,7 +132,7 @@ def test_captions_outside_the_archives_cover_all_of_them(spec: DatasetSpec) -> N
     if spec.annotations:
         assert {spec.annotation_of(archive) for archive in spec.archives} == set(spec.annotations)
     for source in spec.annotations:
-        assert source.columns and source.file.path
+        assert source.columns
         with pytest.raises((KeyError, TypeError, ValueError)):
             source.parse({})
 
@@ -111,7 +151,7 @@ def test_a_refused_member_is_rejected_for_its_reason_and_keys_are_below_the_arch
     assert all(sample.key.startswith(f"{archive}/") for sample in samples)
 
 
-@each
+@pytest.mark.parametrize("spec", [s for s in SPECS if len(s.archives) > 1], ids=lambda spec: spec.slug)
 def test_samples_of_two_archives_never_share_a_key(spec: DatasetSpec) -> None:
     one, other = spec.archives[:2]
     keys = [
@@ -130,6 +170,38 @@ def test_the_datasheet_has_the_fixed_headings_in_order(spec: DatasetSpec) -> Non
 
 
 @each
-def test_the_datasheet_names_the_repository_and_the_number_of_archives(spec: DatasetSpec) -> None:
-    assert spec.locate(spec.archives[0]).repo in spec.datasheet
+def test_the_datasheet_names_every_place_that_files_come_from(spec: DatasetSpec) -> None:
+    for file in addresses(spec):
+        if isinstance(file, HubFile):
+            assert f"`{file.repo}`" in spec.datasheet
+        elif isinstance(file, WebFile):
+            assert file.default_base in spec.datasheet and file.base_variable in spec.datasheet
+        else:
+            assert f"`{file.mirror.repo}`" in spec.datasheet and file.list_variable in spec.datasheet
     assert spec.title and "\n" not in spec.title
+
+
+@each
+def test_a_parquet_archive_says_how_samples_lie_in_it_and_no_other_does(spec: DatasetSpec) -> None:
+    assert (spec.parquet is not None) == (spec.archive_format == "parquet")
+
+
+@each
+def test_rows_that_do_not_tell_their_archive_have_numbers_and_no_others(spec: DatasetSpec) -> None:
+    """Captions and samples must then agree on the number."""
+    for source in spec.annotations:
+        assert (source.number_of is not None) == (source.format == "texts")
+        if source.number_of is not None:
+            caption = source.parse({"name": "sa_12.txt", "text": "x"})
+            samples = spec.read_samples(spec.archives[0], iter([Member("sa_12.jpg", b"1")]))
+            assert caption.archive == ""
+            assert [source.number_of(sample.key) for sample in samples] == [source.number_of(caption.key)] == [12]
+
+
+@each
+def test_what_is_only_fetched_and_subsets_have_names_of_their_own(spec: DatasetSpec) -> None:
+    names = [extra.name for extra in spec.raw_only]
+    assert len(set(names)) == len(names) and set(names).isdisjoint(spec.archives)
+    assert all(checked_archive_id(name) == name for name in names)
+    assert len({subset.name for subset in spec.subsets}) == len(spec.subsets)
+    assert all(re.fullmatch(r"[a-z0-9]+", subset.name) and subset.min_edge_px > 256 for subset in spec.subsets)

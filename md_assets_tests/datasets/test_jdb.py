@@ -122,3 +122,14 @@ def test_a_refused_member_does_not_take_the_key_of_a_good_one() -> None:
 def test_a_broken_row_is_an_error_of_that_row(row: dict[str, Any]) -> None:
     with pytest.raises((KeyError, TypeError, ValueError)):
         parse("train", **row)
+
+
+def test_the_test_split_is_only_fetched() -> None:
+    assert {extra.name: (extra.file, extra.images) for extra in SPEC.raw_only} == {
+        "test/test_questions": (HubFile(REPO, "data/test/test_questions.jsonl.tgz"), False),
+        "test/imgs": (HubFile(REPO, "data/test/imgs.tgz"), True),
+    }
+
+
+def test_images_of_the_test_split_are_read_like_any_others() -> None:
+    assert sample_of("test/imgs", f"./imgs/{UUID}.png") == Sample(f"test/imgs/{UUID}", b"1")
