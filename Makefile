@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SYSTEM_PACKAGES := chromium# what Debian must bring: a real browser for the tests that look at Dagster's pages
+# What Debian must bring: a real browser for the tests that look at Dagster's pages, and a real PostgreSQL.
+SYSTEM_PACKAGES := chromium postgresql
 
 TEST_PROCESSES := 2# at a time; most tests wait for processes that they start, and some of these need a core each
 

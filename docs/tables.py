@@ -1,6 +1,7 @@
 """Writes the generated tables of README.md: `make tables`. With --check it only tells whether they are up to date.
 
-Here: the tables. Not here: what they are made of, the specs and the resources.
+Here: the tables. Not here: what they are made of, the specs, the resources and the faults that the demo's miniatures
+plant. That the demo does come out so is tested in `md_assets_tests/end_to_end/test_demo.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from pathlib import Path
 import dagster as dg
 
 from md_assets.datasets import all_specs
+from md_assets.demo.sandbox import MINIATURES
+from md_assets.demo.walkthrough import archives_of_demo
 from md_assets.orchestration.resources import EncodersResource, HubResource, ImagesResource
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -22,8 +25,9 @@ def datasets() -> Iterable[str]:
     yield "| slug | dataset | archives | partitions | small subset |"
     yield "| --- | --- | ---: | --- | --- |"
     for spec in all_specs():
-        partitions = f"`{spec.archives[0]}` … `{spec.archives[-1]}`"
-        yield f"| `{spec.slug}` | {spec.title} | {len(spec.archives):,} | {partitions} | {len(spec.small)} archives |"
+        partitions = " … ".join(f"`{archive}`" for archive in dict.fromkeys((spec.archives[0], spec.archives[-1])))
+        small = "all" if spec.small == spec.archives else f"{len(spec.small)} archives"
+        yield f"| `{spec.slug}` | {spec.title} | {len(spec.archives):,} | {partitions} | {small} |"
 
 
 def settings() -> Iterable[str]:
@@ -42,7 +46,21 @@ def settings() -> Iterable[str]:
             yield f"| `{name}` | `{field_name}` | {default} | {meaning} |"
 
 
-TABLES: dict[str, Callable[[], Iterable[str]]] = {"datasets": datasets, "settings": settings}
+def demo() -> Iterable[str]:
+    """One row for each dataset of the demo: what becomes of its samples."""
+    yield "| dataset | archives | samples read | rejected when fetched | rejected when converted | latents |"
+    yield "| --- | ---: | ---: | --- | --- | ---: |"
+    for slug, miniature in MINIATURES.items():
+        archives = len(archives_of_demo(slug))
+        rejected = [
+            ", ".join(f"{reason} {archives * count}" for reason, count in sorted(counts.items()))
+            for counts in (miniature.rejected_by_raw, miniature.rejected_by_mds)
+        ]
+        read, latents = archives * miniature.samples, archives * (miniature.samples - miniature.lost)
+        yield f"| `{slug}` | {archives} | {read} | {rejected[0]} | {rejected[1]} | {latents} |"
+
+
+TABLES: dict[str, Callable[[], Iterable[str]]] = {"demo": demo, "datasets": datasets, "settings": settings}
 
 
 def with_tables(text: str) -> str:

@@ -1,7 +1,7 @@
 """Fixtures that more than one test module uses: tiny encoders, and archives published without their sources."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,24 @@ from md_assets.core.paths import DataRoot
 from md_assets.core.schema import MDS_COLUMNS
 from md_assets.core.settings import EncoderSettings, ImageSettings, mds_settings
 from md_assets.datasets.jdb import SPEC as JDB
-from md_assets.demo.tiny_encoders import write_tiny_open_clip, write_tiny_vae
+from md_assets.demo.tiny_encoders import write_tiny_clip, write_tiny_open_clip, write_tiny_t5, write_tiny_vae
+from md_assets.stages.latents import LatentsPlan
 from md_assets.storage.mds import ShardWriter, ledgered_files
 from md_assets.storage.publish import publish, scratch, with_files, workspace
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For runs in several processes: a module's tests stay together, and the longest modules come first."""
+    for item in items:
+        group = "shares_memory" if item.get_closest_marker("shares_memory") else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: not item.get_closest_marker("slow"))  # stable: the order is otherwise kept
+
 
 Row = dict[str, Any]
 MdsRows = Callable[..., list[Row]]
 PublishMds = Callable[..., Ledger]
+MakePlan = Callable[..., LatentsPlan]
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,39 @@ class TinyEncoders:
 def tiny_encoders(tmp_path_factory: pytest.TempPathFactory) -> TinyEncoders:
     folder = tmp_path_factory.mktemp("encoders")
     return TinyEncoders(write_tiny_vae(folder / "tinyvae"), write_tiny_open_clip(folder / "tinyclip"))
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline's folder with a CLIP text encoder of transformers."""
+    return write_tiny_clip(tmp_path_factory.mktemp("encoders") / "tinypipeline")
+
+
+@pytest.fixture(scope="session")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a T5 encoder alone."""
+    return write_tiny_t5(tmp_path_factory.mktemp("encoders") / "tinyt5")
+
+
+@pytest.fixture
+def latents_plan(tmp_path: Path, tiny_encoders: TinyEncoders, mds_rows: MdsRows, publish_mds: PublishMds) -> MakePlan:
+    """A function (archive -> rows, **fields of the plan) that publishes mds and plans to encode all of it."""
+
+    def make(counts: Mapping[str, int], **changes: Any) -> LatentsPlan:
+        for archive, count in counts.items():
+            publish_mds(DataRoot(tmp_path), "jdb", archive, mds_rows(archive, count))
+        fields: dict[str, Any] = {
+            "data_root": str(tmp_path),
+            "dataset": "jdb",
+            "archives": tuple(counts),
+            "mds_settings": mds_settings(JDB, ImageSettings()),
+            "encoders": tiny_encoders.settings(),
+            "encoder_tag": "tiny",
+            "num_workers": 0,
+        }
+        return LatentsPlan(**{**fields, **changes})
+
+    return make
 
 
 def _jpeg(seed: int, width: int, height: int) -> bytes:

@@ -1,12 +1,13 @@
 """Drawn pictures with captions that say what is on them: the samples of the miniature sources.
 
-Here: one picture from one number. Not here: archives made of them, see `demo.journeydb`.
+Here: one picture from one number. Not here: archives made of them, see `demo.miniatures`.
 """
 
 from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -34,8 +35,19 @@ class Drawing:
 
     def jpeg(self, quality: int = 90) -> bytes:
         """The picture as JPEG of the given quality."""
+        return self._saved("JPEG", quality=quality)
+
+    def webp(self) -> bytes:
+        """The picture as lossless WebP."""
+        return self._saved("WEBP", lossless=True, quality=0, method=0)  # the fastest; pixels are the same
+
+    def png(self) -> bytes:
+        """The picture as PNG."""
+        return self._saved("PNG", compress_level=1)
+
+    def _saved(self, image_format: str, **options: Any) -> bytes:
         encoded = io.BytesIO()
-        self.image.save(encoded, "JPEG", quality=quality)
+        self.image.save(encoded, image_format, **options)
         return encoded.getvalue()
 
 

@@ -1,7 +1,7 @@
-"""The demo: materializes the miniature JourneyDB through Dagster, and opens the UI on what it made.
+"""The demo: materializes the miniatures of all datasets through Dagster, and opens the UI on what it made.
 
-Here: the sandbox (folders, environment, Hub, encoders) and the order of the steps. Not here: what a step does; every
-one is an ordinary Dagster run of the ordinary assets.
+Here: the order of the steps, and running them. Not here: the folder and the sources (`demo.sandbox`), what a step does:
+every one is an ordinary Dagster run of the ordinary assets.
 """
 
 from __future__ import annotations
@@ -13,41 +13,58 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from md_assets.core.errors import MdAssetsError, SettingsError
-from md_assets.core.paths import DATA_ROOT_VARIABLE, DataRoot
+from md_assets.core.paths import DataRoot
 from md_assets.core.settings import DEFAULT_TEXT_ENCODER, DEFAULT_VAE
+from md_assets.core.spec import DatasetSpec
 from md_assets.datasets import spec_of
-from md_assets.demo.journeydb import ARCHIVES, SAMPLES_PER_ARCHIVE, write_miniature_journeydb
-from md_assets.demo.loopback_hub import LoopbackHub
+from md_assets.demo.sandbox import MINIATURES, Sandbox, environment_variables
 
 if TYPE_CHECKING:
     import dagster as dg
 
-DATASET = "jdb"
 DEFAULT_FOLDER = "demo_data"
 
-BY_HAND = ARCHIVES[-1]
-"""The archive that the demo leaves for the reader to materialize in the UI."""
+BY_HAND = "valid/000"
+"""JourneyDB's archive that the demo leaves for the reader to materialize in the UI."""
 
-STEPS: Sequence[tuple[str, tuple[str, str] | None]] = (
-    ("archive", None),
-    ("annotations", None),
-    ("raw", ("train/000", "train/001")),
-    ("raw", ("valid/000", "valid/000")),
-    ("mds", ("train/000", "train/001")),
-    ("mds", ("valid/000", "valid/000")),
-    ("latents", ("train/000", "train/001")),
-    ("latents", ("valid/000", "valid/000")),
-    ("mds_index", None),
-    ("latents_index", None),
-)
-"""Asset and range of partitions (first, last) of each run, in order."""
+Range = tuple[str, str]
+"""The first and the last of neighbouring partitions."""
+
+RANGES: Mapping[str, Range] = {
+    **{slug: (miniature.archives[0], miniature.archives[-1]) for slug, miniature in MINIATURES.items()},
+    "jdb": ("train/000", "train/001"),
+}
+"""Partitions that the demo materializes, by dataset. One range for each: an encoding process takes long to start."""
+
+
+def archives_of_demo(slug: str) -> tuple[str, ...]:
+    """The archives of `RANGES`."""
+    archives, (first, last) = spec_of(slug).archives, RANGES[slug]
+    return archives[archives.index(first) : archives.index(last) + 1]
+
+
+def steps(spec: DatasetSpec) -> Iterator[tuple[str, Range | None]]:
+    """Assets of a dataset in the order in which they are materialized, each with its range; None: no partitions."""
+    partitions = RANGES[spec.slug]
+    yield "archive", None
+    if spec.annotations:
+        yield "annotations", None
+    for name in ("raw", "mds", "latents"):
+        yield name, partitions
+    for name in ("mds", "latents"):
+        yield f"{name}_index", None
+    for subset in spec.subsets:
+        for name in (f"mds_{subset.name}", f"latents_{subset.name}"):
+            yield name, partitions
+            yield f"{name}_index", None
+    for name in dict.fromkeys(extra.asset for extra in spec.raw_only):
+        yield name, None
 
 
 _RANGE_TAGS = ("dagster/asset_partition_range_start", "dagster/asset_partition_range_end")
@@ -56,66 +73,8 @@ _QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 """The runs' logs are for the UI; the terminal gets a line for each run."""
 
 
-@dataclass(frozen=True)
-class Sandbox:
-    """The demo's own folder: sources, encoders, data and Dagster's records; nothing outside it is written.
-
-    Attributes:
-        path: absolute.
-    """
-
-    path: Path
-
-    @property
-    def hub_root(self) -> Path:
-        return self.path / "hub"
-
-    @property
-    def data(self) -> DataRoot:
-        return DataRoot(self.path / "datadir")
-
-    @property
-    def _vae(self) -> Path:
-        # Folders called like the real repositories: a mirror, so its latents lie where training configs look.
-        return self.path / "models" / DEFAULT_VAE
-
-    @property
-    def _text_encoder(self) -> Path:
-        return self.path / "models" / DEFAULT_TEXT_ENCODER.rpartition(":")[2]
-
-    def prepare(self, samples: int = SAMPLES_PER_ARCHIVE, size_px: int = 1024) -> None:
-        """Write the sources and the encoders, unless they are there; see `journeydb.miniature_archive`."""
-        from md_assets.demo.tiny_encoders import write_tiny_open_clip, write_tiny_vae
-
-        self.dagster_home.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(Path(__file__).with_name("dagster.yaml"), self.dagster_home / "dagster.yaml")
-        write_miniature_journeydb(self.hub_root, samples=samples, size_px=size_px)
-        for folder, write in ((self._vae, write_tiny_vae), (self._text_encoder, write_tiny_open_clip)):
-            if not folder.exists():
-                unfinished = folder.with_name(f".{folder.name}.new")
-                shutil.rmtree(unfinished, ignore_errors=True)
-                write(unfinished)
-                unfinished.rename(folder)
-
-    @property
-    def dagster_home(self) -> Path:
-        return self.path / "dagster_home"
-
-    def environment(self, endpoint: str) -> dict[str, str]:
-        """What the demo's processes need to find each other."""
-        return {
-            DATA_ROOT_VARIABLE: str(self.data.path),
-            "DAGSTER_HOME": str(self.dagster_home),
-            "HF_ENDPOINT": endpoint,
-            "HF_HOME": str(self.path / "hf_home"),
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "MD_ASSETS_VAE": str(self._vae),
-            "MD_ASSETS_TEXT_ENCODER": f"openclip:local-dir:{self._text_encoder}",
-        }
-
-
 def run_demo(folder: Path) -> int:
-    """Materialize the miniature JourneyDB; a second time, find everything done.
+    """Materialize the miniatures; a second time, find everything done.
 
     Args:
         folder: of the sandbox.
@@ -127,18 +86,20 @@ def run_demo(folder: Path) -> int:
 
     started = time.monotonic()
     sandbox = Sandbox(folder.absolute())
-    print(f"demo in {folder}: writing a miniature JourneyDB and two tiny encoders …", flush=True)
+    print(f"demo in {folder}: writing miniatures of {len(MINIATURES)} datasets and two tiny encoders …", flush=True)
     sandbox.prepare()
-    with LoopbackHub(sandbox.hub_root) as hub, environment_variables(sandbox.environment(hub.endpoint)):
-        print(f"a Hub that serves it answers at {hub.endpoint}", flush=True)
+    with sandbox.served() as environment, environment_variables(environment):
+        print(f"a Hub that serves them answers at {environment['HF_ENDPOINT']}, a web server beside it", flush=True)
         done, passed_over = _materialize()
-        samples = _samples_seen_by_loader(sandbox.data)
-    print_archives(spec_of(DATASET), stage_dirs(sandbox.data, DATASET))
-    print(f"\nThe training loader sees {samples} samples in an epoch over train and valid.")
+        samples = samples_of_an_epoch(sandbox.data)
+    for slug in MINIATURES:
+        print_archives(spec_of(slug), stage_dirs(sandbox.data, spec_of(slug)))
+    shares = ", ".join(f"{slug} {count}" for slug, count in samples.items())
+    print(f"\nThe training loader mixes all of them: {sum(samples.values())} samples in an epoch, {shares}.")
     if done == 0:
         print(f"Nothing was done twice: all {passed_over} archive stages had been published before.")
     print(f"Done in {time.monotonic() - started:.0f} s. {done} archive stages published, {passed_over} passed over.")
-    print(f"\nSee it in Dagster's UI, with the Hub answering; {BY_HAND} is left for you to materialize:\n")
+    print(f"\nSee it in Dagster's UI, with the sources answering; jdb {BY_HAND} is left for you to materialize:\n")
     print(f"    {ui_command(folder)}\n")
     return 0
 
@@ -154,7 +115,7 @@ def ui_command(folder: Path) -> str:
 
 
 def run_ui(folder: Path, port: int) -> int:
-    """Serve the Hub and Dagster's UI on a sandbox until interrupted.
+    """Serve the sources and Dagster's UI on a sandbox until interrupted.
 
     Args:
         folder: of the sandbox; sources and encoders are written if they are not there.
@@ -177,12 +138,11 @@ def run_ui(folder: Path, port: int) -> int:
     # Before `dagster dev` starts: it would inherit an ignored SIGINT, which shells give to background jobs.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
-    with LoopbackHub(sandbox.hub_root) as hub:
+    with sandbox.served() as environment:
         command = [sys.executable, "-m", "dagster", "dev", "-m", "md_assets.definitions", "-p", str(port)]
-        print(f"Dagster's UI: http://127.0.0.1:{port}/asset-groups (Ctrl-C ends it and the Hub)", flush=True)
-        environment = {**os.environ, **sandbox.environment(hub.endpoint)}
+        print(f"Dagster's UI: http://127.0.0.1:{port}/asset-groups (Ctrl-C ends it and the sources)", flush=True)
         # A session of its own: Ctrl-C in the terminal reaches `dagster dev` only through us, once.
-        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        process = subprocess.Popen(command, env={**os.environ, **environment}, start_new_session=True)
         code = process.wait()
         return 0 if interrupted else code
 
@@ -200,7 +160,7 @@ def _refuse_taken(port: int) -> None:
 
 
 def _materialize() -> tuple[int, int]:
-    """Run all steps; returns how many archive stages were published and how many passed over.
+    """Run all steps, with a line for each dataset; returns how many archive stages were published and passed over.
 
     Raises:
         MdAssetsError: a run failed.
@@ -209,18 +169,21 @@ def _materialize() -> tuple[int, int]:
 
     published = passed_over = 0
     with dg.DagsterInstance.get() as instance:
-        for name, partition_range in STEPS:
-            label = f"{DATASET}/{name}" + (f" {' … '.join(dict.fromkeys(partition_range))}" if partition_range else "")
-            started = time.monotonic()
-            result = materialize(instance, f"{DATASET}/{name}", partition_range)
-            if not result.success:
-                raise MdAssetsError(f"{label} failed: {failure_of(result)}", "See the run in the UI")
-            for event in result.get_asset_materialization_events():
-                if event.partition is not None:
-                    over = event.materialization.metadata["passed_over"].value
-                    passed_over += bool(over)
-                    published += not over
-            print(f"  {label}  {time.monotonic() - started:.1f} s", flush=True)
+        for slug in MINIATURES:
+            print(f"  {slug}:", end="", flush=True)
+            for name, partition_range in steps(spec_of(slug)):
+                started = time.monotonic()
+                result = materialize(instance, f"{slug}/{name}", partition_range)
+                if not result.success:
+                    print()
+                    raise MdAssetsError(f"{slug}/{name} failed: {failure_of(result)}", "See the run in the UI")
+                for event in result.get_asset_materialization_events():
+                    if event.partition is not None:
+                        over = event.materialization.metadata["passed_over"].value
+                        passed_over += bool(over)
+                        published += not over
+                print(f" {name} {time.monotonic() - started:.1f} s", end="", flush=True)
+            print()
     return published, passed_over
 
 
@@ -262,27 +225,28 @@ def failure_of(result: dg.ExecuteInProcessResult) -> str:
     return "unknown"
 
 
-def _samples_seen_by_loader(data: DataRoot) -> int:
-    """Samples that the training loader gives in one epoch over both splits' merged indexes."""
+def latents_directories(data: DataRoot) -> Mapping[str, Sequence[Path]]:
+    """The directories of latents that a training config names, by dataset; splits of which nothing is done left out."""
     from md_assets.core.encoder_tag import encoder_tag
+
+    tag = encoder_tag(DEFAULT_VAE, DEFAULT_TEXT_ENCODER)
+    indexes = {slug: map(data.latents(slug, tag).index, spec_of(slug).splits or ("",)) for slug in MINIATURES}
+    return {slug: [index.parent for index in paths if index.exists()] for slug, paths in indexes.items()}
+
+
+def samples_of_an_epoch(data: DataRoot) -> dict[str, int]:
+    """Samples of each dataset that the training loader gives in one epoch over all of them."""
     from md_assets.loader import build_latents_dataloader
 
-    latents = data.latents(DATASET, encoder_tag(DEFAULT_VAE, DEFAULT_TEXT_ENCODER)).path
-    splits = [latents / split for split in spec_of(DATASET).splits]
-    loader = build_latents_dataloader(splits, batch_size=16, image_size=512, drop_last=False, num_workers=0)
-    return sum(len(batch["image_latents"]) for batch in loader)
+    streams = [directory for directories in latents_directories(data).values() for directory in directories]
+    loader = build_latents_dataloader(
+        streams, batch_size=16, image_size=512, drop_last=False, num_workers=0, with_keys=True
+    )
+    seen = Counter(_dataset_of(key) for batch in loader for key in batch["key"])
+    return {slug: seen[slug] for slug in MINIATURES}
 
 
-@contextmanager
-def environment_variables(variables: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables for the time of the block."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+def _dataset_of(key: str) -> str:
+    """The miniature that a sample is of; the archives' IDs of no two are alike."""
+    (slug,) = (s for s, m in MINIATURES.items() if any(key.startswith(f"{archive}/") for archive in m.archives))
+    return slug

@@ -16,10 +16,10 @@ from md_assets.demo.journeydb import (
     REJECTED_BY_MDS,
     REJECTED_BY_RAW,
     SAMPLES_PER_ARCHIVE,
+    TEST_IMAGES,
     miniature_archive,
     write_annotations,
     write_miniature_journeydb,
-    write_tgz,
 )
 from md_assets.storage.archives import iter_members, open_single_file
 from md_assets.storage.images import StoredImage, prepare_image
@@ -60,6 +60,7 @@ def test_files_lie_where_the_real_repository_has_them(repository: Path) -> None:
     assert repository.parts[-3:] == ("datasets", *REPO.split("/"))
     files = sorted(p.relative_to(repository).as_posix() for p in repository.rglob("*") if p.is_file())
     expected = [SPEC.locate(archive).path for archive in ARCHIVES] + [source.file.path for source in SPEC.annotations]
+    expected += [extra.file.path for extra in SPEC.raw_only]
     assert files == sorted(expected)
     assert set(ARCHIVES) <= set(SPEC.archives)
 
@@ -123,10 +124,9 @@ def test_annotations_are_one_file_of_json_lines(tmp_path: Path) -> None:
     assert rows == [{"img_path": "./000/a.jpg", "prompt": "猫\n"}, {"img_path": "./000/b.jpg", "prompt": ""}]
 
 
-def test_a_tgz_may_hold_links_out_of_it(tmp_path: Path) -> None:
-    write_tgz(tmp_path / "deep" / "a.tgz", [("a.jpg", b"1"), ("link.jpg", None)])
-    members = list(iter_members(tmp_path / "deep" / "a.tgz", "tar", 100))
-    assert [(m.name, m.data, m.refused) for m in members] == [
-        ("a.jpg", b"1", None),
-        ("link.jpg", b"", Reason.UNSAFE_MEMBER),
-    ]
+def test_the_test_split_has_a_question_on_each_image(repository: Path) -> None:
+    questions, images = (repository / extra.file.path for extra in SPEC.raw_only)
+    names = [member.name for member in iter_members(images, "tar", 2**28)]
+    with open_single_file(questions) as lines:
+        asked = [json.loads(line)["img_path"].removeprefix("./") for line in lines]
+    assert names == asked and len(names) == TEST_IMAGES

@@ -1,40 +1,33 @@
-"""The demo's sandbox; the walk itself is in `end_to_end/test_demo.py`."""
+"""The demo's steps; the walk itself is in `end_to_end/test_demo.py`."""
 
-import os
 import socket
 from pathlib import Path
 
 import pytest
 
-from md_assets.core.encoder_tag import encoder_tag
 from md_assets.core.errors import SettingsError
-from md_assets.demo.walkthrough import BY_HAND, STEPS, Sandbox, environment_variables, run_ui, ui_command
+from md_assets.datasets import spec_of
+from md_assets.definitions import defs
+from md_assets.demo.sandbox import MINIATURES
+from md_assets.demo.walkthrough import BY_HAND, RANGES, archives_of_demo, run_ui, steps, ui_command
 
 
-def test_nothing_outside_the_sandbox_is_named_in_its_environment(tmp_path: Path) -> None:
-    sandbox = Sandbox(tmp_path)
-    environment = sandbox.environment("http://127.0.0.1:1")
-    assert environment.pop("HF_ENDPOINT") == "http://127.0.0.1:1"
-    assert environment.pop("HF_HUB_DISABLE_TELEMETRY") == "1"
-    assert all(str(tmp_path) in value for value in environment.values())
+@pytest.mark.parametrize("slug", MINIATURES)
+def test_every_asset_of_a_dataset_is_materialized_after_what_it_needs(slug: str) -> None:
+    graph = defs.resolve_asset_graph()
+    done: list[str] = []
+    for name, _ in steps(spec_of(slug)):
+        (key,) = (key for key in graph.get_all_asset_keys() if list(key.path) == [slug, name])
+        assert {parent.path[-1] for parent in graph.get(key).parent_keys} <= set(done)
+        done.append(name)
+    assert sorted(done) == sorted(key.path[-1] for key in graph.get_all_asset_keys() if key.path[0] == slug)
 
 
-def test_its_encoders_have_the_tag_of_the_models_they_stand_for(tmp_path: Path) -> None:
-    environment = Sandbox(tmp_path).environment("")
-    assert encoder_tag(environment["MD_ASSETS_VAE"], environment["MD_ASSETS_TEXT_ENCODER"]) == "sdxl1_dfnclipH14"
-
-
-def test_variables_are_set_for_the_block_only(monkeypatch) -> None:
-    monkeypatch.setenv("MD_ASSETS_TEST_KEPT", "before")
-    monkeypatch.delenv("MD_ASSETS_TEST_NEW", raising=False)
-    with environment_variables({"MD_ASSETS_TEST_KEPT": "inside", "MD_ASSETS_TEST_NEW": "inside"}):
-        assert os.environ["MD_ASSETS_TEST_KEPT"] == os.environ["MD_ASSETS_TEST_NEW"] == "inside"
-    assert os.environ["MD_ASSETS_TEST_KEPT"] == "before"
-    assert "MD_ASSETS_TEST_NEW" not in os.environ
-
-
-def test_one_archive_is_left_for_the_reader() -> None:
-    assert all(BY_HAND not in (partition_range or ()) for _, partition_range in STEPS)
+@pytest.mark.parametrize("slug", MINIATURES)
+def test_what_is_materialized_is_there_and_one_archive_of_jdb_is_left_for_the_reader(slug: str) -> None:
+    taken = archives_of_demo(slug)
+    assert (taken[0], taken[-1]) == RANGES[slug] and set(taken) <= set(MINIATURES[slug].archives)
+    assert (BY_HAND in set(MINIATURES[slug].archives) - set(taken)) == (slug == "jdb")
 
 
 def test_the_command_that_opens_the_ui_names_the_folder_only_where_it_must() -> None:

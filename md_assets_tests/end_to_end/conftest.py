@@ -112,7 +112,7 @@ def wait_for(condition: Callable[[], object], timeout_s: float, pause_s: float =
 @pytest.fixture(scope="session")
 def prepared_sandbox(tmp_path_factory: pytest.TempPathFactory) -> Sandbox:
     sandbox = Sandbox(tmp_path_factory.mktemp("end_to_end"))
-    sandbox.prepare(SAMPLES, SIZE_PX)
+    sandbox.prepare(SAMPLES, SIZE_PX, datasets=["jdb"])
     return sandbox
 
 
@@ -137,7 +137,7 @@ def commands(prepared_sandbox: Sandbox, tmp_path: Path) -> Iterator[SandboxComma
     sandbox.path.mkdir()
     for shared in ("models", "hub"):
         (sandbox.path / shared).symlink_to(prepared_sandbox.path / shared)
-    sandbox.prepare(SAMPLES, SIZE_PX)
+    sandbox.prepare(SAMPLES, SIZE_PX, datasets=["jdb"])
     with LoopbackHub(sandbox.hub_root) as hub:
         commands = SandboxCommands(sandbox.path, sandbox.environment(hub.endpoint), sandbox=sandbox, hub=hub)
         yield commands

@@ -2,22 +2,27 @@
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from md_assets.core.paths import DataRoot
-from md_assets.demo.journeydb import REJECTED_BY_MDS, REJECTED_BY_RAW, SAMPLES_PER_ARCHIVE
+from md_assets.datasets import spec_of
+from md_assets.demo import conceptual12m
+from md_assets.demo.sandbox import MINIATURES
+from md_assets.demo.walkthrough import archives_of_demo
 from md_assets.storage.mds import iter_rows
-from md_assets_tests.end_to_end.conftest import Commands
+from md_assets_tests.end_to_end.conftest import REPOSITORY, Commands
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.shares_memory, pytest.mark.timeout(900)]
 
-KEPT_BY_RAW = SAMPLES_PER_ARCHIVE - sum(REJECTED_BY_RAW.values())
-KEPT = KEPT_BY_RAW - sum(REJECTED_BY_MDS.values())
-MATERIALIZED = ("train/000", "train/001", "valid/000")
+LEFT = {slug: len(archives_of_demo(slug)) * (m.samples - m.lost) for slug, m in MINIATURES.items()}
+"""Samples of each dataset that have latents."""
+
+ARCHIVE_STAGES = 3 * sum(len(archives_of_demo(slug)) for slug in MINIATURES) + 2 * len(archives_of_demo("cc12m"))
+"""raw, mds and latents of every archive, and both stages of cc12m's subset."""
 
 
 @pytest.fixture(scope="module")
@@ -26,44 +31,69 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, D
     folder = tmp_path_factory.mktemp("demo")
     commands = Commands.bare(folder)
     command = [sys.executable, "-m", "md_assets.cli", "demo", "--folder", "demo_data"]
-    outputs = [commands.finish(commands.start(*command), 300) for _ in range(2)]
+    outputs = [commands.finish(commands.start(*command), 1200) for _ in range(2)]
     yield outputs[0], outputs[1], DataRoot(folder / "demo_data" / "datadir")
     commands.end()
 
 
-def table_rows(output: str) -> list[tuple[str, str, int, int, int]]:
-    """(archive, stage, read, kept, rejected) of each row of the table."""
-    rows, archive = [], ""
+Row = tuple[str, str, str, int, int, int, str]
+"""Dataset, archive, stage, read, kept, rejected, reasons."""
+
+
+def table_rows(output: str) -> list[Row]:
+    """Each row of the tables."""
+    rows: list[Row] = []
+    slug = archive = ""
     for line in output.splitlines():
-        match = re.match(r"│ (\S*)\s*│ (raw|mds|latents)\s*│\s*([\d,]+) │\s*([\d,]+) │\s*([\d,]+) │", line)
-        if match:
-            archive = match[1] or archive
-            rows.append((archive, match[2], *(int(match[i].replace(",", "")) for i in (3, 4, 5))))
+        slug = line.strip() if line.strip() in MINIATURES else slug
+        cells = [cell.strip() for cell in line.strip("│").split("│")]
+        if len(cells) == 8 and cells[2].isdecimal():
+            archive = cells[0] or archive
+            rows.append((slug, archive, cells[1], int(cells[2]), int(cells[3]), int(cells[4]), cells[5]))
     return rows
 
 
-def test_it_ends_with_a_table_of_every_archive_and_stage(demo: tuple[str, str, DataRoot]) -> None:
-    rejected = SAMPLES_PER_ARCHIVE - KEPT_BY_RAW
-    expected = [
-        row
-        for archive in MATERIALIZED
-        for row in (
-            (archive, "raw", SAMPLES_PER_ARCHIVE, KEPT_BY_RAW, rejected),
-            (archive, "mds", KEPT_BY_RAW, KEPT, KEPT_BY_RAW - KEPT),
-            (archive, "latents", KEPT, KEPT, 0),
-        )
-    ]
+def reasons(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items()))
+
+
+def expected_rows() -> Iterator[Row]:
+    for slug, miniature in MINIATURES.items():
+        by_raw, by_mds = miniature.rejected_by_raw, miniature.rejected_by_mds
+        kept = miniature.samples - sum(by_raw.values())
+        left = kept - sum(by_mds.values())
+        inside = conceptual12m.IN_MINRES512
+        for archive in archives_of_demo(slug):
+            yield slug, archive, "raw", miniature.samples, kept, miniature.samples - kept, reasons(by_raw)
+            yield slug, archive, "mds", kept, left, kept - left, reasons(by_mds)
+            if slug == "cc12m":
+                yield slug, archive, "mds_minres512", left, inside, left - inside, f"not_in_subset {left - inside}"
+            yield slug, archive, "latents", left, left, 0, ""
+            if slug == "cc12m":
+                yield slug, archive, "latents_minres512", left, inside, left - inside, f"not_in_subset {left - inside}"
+
+
+def test_it_ends_with_tables_of_every_archive_and_stage(demo: tuple[str, str, DataRoot]) -> None:
     for output in demo[:2]:
-        assert table_rows(output) == expected
-        assert f"The training loader sees {3 * KEPT} samples" in output
+        assert table_rows(output) == list(expected_rows())
         assert "demo --ui --folder demo_data" in output or "demo --ui\n" in output
+
+
+def test_the_loader_mixes_all_datasets_and_the_readmes_table_has_their_counts(
+    demo: tuple[str, str, DataRoot],
+) -> None:
+    shares = ", ".join(f"{slug} {count}" for slug, count in LEFT.items())
+    for output in demo[:2]:
+        assert f"The training loader mixes all of them: {sum(LEFT.values())} samples in an epoch, {shares}." in output
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert {slug: int(n) for slug, n in re.findall(r"^\| `(\w+)` \|.*_.* (\d+) \|$", readme, re.MULTILINE)} == LEFT
 
 
 def test_the_second_time_does_nothing_twice_and_says_so(demo: tuple[str, str, DataRoot]) -> None:
     first, second, _ = demo
-    assert "9 archive stages published, 0 passed over" in first
-    assert "Nothing was done twice: all 9 archive stages had been published before" in second
-    assert "0 archive stages published, 9 passed over" in second
+    assert f"{ARCHIVE_STAGES} archive stages published, 0 passed over" in first
+    assert f"Nothing was done twice: all {ARCHIVE_STAGES} archive stages had been published before" in second
+    assert f"0 archive stages published, {ARCHIVE_STAGES} passed over" in second
 
 
 def test_a_reader_like_the_reference_loader_reads_every_row(demo: tuple[str, str, DataRoot]) -> None:
@@ -74,8 +104,8 @@ def test_a_reader_like_the_reference_loader_reads_every_row(demo: tuple[str, str
     clean_stale_shared_memory()
     latents = root.path / "jdb" / "mds_latents_sdxl1_dfnclipH14" / "train"
     dataset = StreamingDataset(local=str(latents), shuffle=False, batch_size=1)
-    expected = [key_and_caption for a in MATERIALIZED[:2] for key_and_caption in keys_and_captions(root, a)]
-    assert len(dataset) == len(expected) == 2 * KEPT
+    expected = [key_and_caption for a in archives_of_demo("jdb") for key_and_caption in keys_and_captions(root, a)]
+    assert len(dataset) == len(expected) == LEFT["jdb"]
     for position, (key, caption) in enumerate(expected):
         sample = dataset[position]
         assert (sample["key"], sample["caption"]) == (key, caption)
@@ -91,15 +121,16 @@ def keys_and_captions(root: DataRoot, archive: str) -> list[tuple[str, str]]:
     return [(row["key"], row["caption"]) for row in iter_rows(root.mds("jdb").data(archive))]
 
 
-def test_the_loader_trains_on_both_splits(demo: tuple[str, str, DataRoot]) -> None:
+def test_batches_have_the_shapes_that_training_needs(demo: tuple[str, str, DataRoot]) -> None:
     from md_assets.loader import build_latents_dataloader
 
-    latents = demo[2].path / "jdb" / "mds_latents_sdxl1_dfnclipH14"
-    loader = build_latents_dataloader(
-        [latents / "train", latents / "valid"], batch_size=8, image_size=512, drop_last=False, num_workers=0
-    )
+    streams = [
+        demo[2].latents(slug, "sdxl1_dfnclipH14").index(spec_of(slug).split_of(archives_of_demo(slug)[0])).parent
+        for slug in MINIATURES
+    ]
+    loader = build_latents_dataloader(streams, batch_size=8, image_size=512, drop_last=False, num_workers=0)
     batches = list(loader)
-    assert sum(len(batch["image_latents"]) for batch in batches) == 3 * KEPT
+    assert sum(len(batch["image_latents"]) for batch in batches) == sum(LEFT.values())
     assert batches[0]["image_latents"].shape == (8, 4, 64, 64)
     assert batches[0]["caption_latents"].shape == (8, 1, 77, 64)
 
@@ -107,7 +138,8 @@ def test_the_loader_trains_on_both_splits(demo: tuple[str, str, DataRoot]) -> No
 def test_verify_and_status_agree_with_it(demo: tuple[str, str, DataRoot], tmp_path: Path) -> None:
     commands = Commands.bare(tmp_path)
     verified = commands.finish(commands.start(sys.executable, "-m", "md_assets.cli", "verify", data_root=demo[2].path))
-    assert "21 checks passed, 0 failed" in verified  # 3 archives x (2 of raw + 2 of mds + 3 of latents)
+    assert re.search(r"\d+ checks passed, 0 failed", verified)
     status = commands.finish(commands.start(sys.executable, "-m", "md_assets.cli", "status", data_root=demo[2].path))
-    assert re.search(r"mds_latents_sdxl1_dfnclipH14\s*│\s*3 │\s*400 │\s*102 │\s*102 │", status)
+    # done, stale, pruned, missing, read, kept
+    assert re.search(r"mds_latents_sdxl1_dfnclipH14\s*│\s*2 │\s*0 │\s*0 │\s*398 │\s*36 │\s*36 │", status)
     commands.end()

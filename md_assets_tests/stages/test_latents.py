@@ -167,8 +167,8 @@ def test_some_rows_are_decoded_again(plan: LatentsPlan) -> None:
     ledger = read_ledger(plan.latents_dir.ledger("train/002"))
     assert ledger is not None
     found = ledger.details["round_trip"]
-    assert found["keys"] == [f"train/002/{number:04}" for number in (0, 2, 4, 6)]
-    assert [len(found["psnr_db"][px]) for px in ("32", "64")] == [4, 4]
+    assert found["keys"] == ["train/002/0000", "train/002/0006"]
+    assert [len(found["psnr_db"][px]) for px in ("32", "64")] == [2, 2]
     assert max(found["caption_error"]) < 1e-3
     assert events["train/002"]["picture"].startswith("data:image/jpeg;base64,")
     assert events["train/001"]["picture"] is None  # it has no rows
