@@ -17,7 +17,7 @@ from md_assets.core.errors import SettingsError
 from md_assets.core.schema import LATENT_MODES
 from md_assets.core.spec import DatasetSpec, Subset
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised when the code writes other bytes for the same settings, so that older archives become stale."""
 
 DEFAULT_VAE = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -117,7 +117,9 @@ class EncoderSettings:
         if self.save_dtype not in ("float16", "float32"):
             raise SettingsError(f"save_dtype {self.save_dtype!r} is unknown", "Use float16 or float32.")
         if self.latent_mode not in LATENT_MODES:
-            raise SettingsError(f"latent_mode {self.latent_mode!r} is unknown", f"Use one of {', '.join(LATENT_MODES)}.")
+            raise SettingsError(
+                f"latent_mode {self.latent_mode!r} is unknown", f"Use one of {', '.join(LATENT_MODES)}."
+            )
 
     def as_fingerprinted(self) -> dict[str, Any]:
         """The settings that decide stored values: where the weights lie is left out, what they are stays."""

@@ -27,7 +27,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from md_assets.core.errors import MdAssetsError, one_line
-from md_assets.encoders.text import Tokenize
+from md_assets.encoders.text import Tokenize, Tokens
 from md_assets.encoders.vae import posterior_noise
 from md_assets.storage.mds import Shard, ShardReader
 
@@ -64,9 +64,9 @@ class Batch:
     Attributes:
         archive: its ID.
         key, caption, width, height, jpg: as in mds.
-        tokens_BL: int64.
+        tokens: of the captions.
         images_BCHW: resolution in px -> square crops, uint8, 0–255.
-        noise_BChw: resolution in px -> see `encoders.vae.posterior_noise`.
+        noise_BChw: resolution in px -> see `encoders.vae.posterior_noise`; empty where none is wanted.
     """
 
     archive: str
@@ -75,7 +75,7 @@ class Batch:
     width: list[int]
     height: list[int]
     jpg: list[bytes]
-    tokens_BL: torch.Tensor
+    tokens: Tokens
     images_BCHW: dict[int, torch.Tensor]
     noise_BChw: dict[int, torch.Tensor]
 
@@ -87,7 +87,7 @@ class Batch:
         return Batch(
             **{
                 **vars(self),
-                "tokens_BL": self.tokens_BL.pin_memory(),
+                "tokens": Tokens(*(part.pin_memory() for part in self.tokens)),
                 "images_BCHW": {px: images.pin_memory() for px, images in self.images_BCHW.items()},
                 "noise_BChw": {px: noise.pin_memory() for px, noise in self.noise_BChw.items()},
             }
@@ -116,16 +116,16 @@ class Preparation:
     """What a batch is prepared for: everything the workers need to know of the models.
 
     Attributes:
-        tokenize: captions -> tokens_BL.
+        tokenize: captions -> tokens.
         resolutions_px: edges of the square crops.
         seed: of the noise.
-        latent_channels: C of the noise.
+        noise_channels: C of the noise; 0 for none.
     """
 
     tokenize: Tokenize
     resolutions_px: tuple[int, ...]
     seed: int
-    latent_channels: int
+    noise_channels: int
 
 
 def batches(
@@ -214,11 +214,12 @@ class PreparedBatches(Dataset[Batch | Unreadable]):
             width=[row["width"] for row in rows],
             height=[row["height"] for row in rows],
             jpg=[row["jpg"] for row in rows],
-            tokens_BL=to.tokenize(captions),
+            tokens=to.tokenize(captions),
             images_BCHW={px: torch.stack([crop[px] for crop in crops]) for px in to.resolutions_px},
             noise_BChw={
-                px: torch.stack([posterior_noise(to.seed, key, px, to.latent_channels) for key in keys])
+                px: torch.stack([posterior_noise(to.seed, key, px, to.noise_channels) for key in keys])
                 for px in to.resolutions_px
+                if to.noise_channels
             },
         )
 

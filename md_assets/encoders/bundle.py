@@ -2,62 +2,68 @@
 
 Shapes: B batch, L tokens, D text width, C latent channels, h and w cells.
 
-Here: devices, dtypes and the arrays of a row. Not here: the two models, nor what happens to the rows.
+Here: devices, dtypes, memory and the arrays of a row. Not here: the two models, nor what happens to the rows.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from md_assets.core.errors import SettingsError
-from md_assets.core.schema import LATENT_DOWNSCALE, latents_column
+from md_assets.core.schema import CAPTION_LENGTH_COLUMN, LATENT_DOWNSCALE, latents_column, latents_columns
 from md_assets.core.settings import EncoderSettings
 from md_assets.encoders.batches import Batch, Preparation
-from md_assets.encoders.text import TextEncoder
+from md_assets.encoders.open_clip_text import OpenClipText
+from md_assets.encoders.text import TextEncoder, Tokens
+from md_assets.encoders.transformers_text import TransformersText
 from md_assets.encoders.vae import VaeEncoder
+from md_assets.storage.models import OPENCLIP_PREFIX
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A batch and its arrays, still on the device.
+    """A batch and its arrays, on their way from the device to pinned memory.
 
     Attributes:
         batch: what was encoded.
         arrays: column -> one array per row (B×…), in the dtype that is stored.
         finite_B: whether every number of a row's arrays is finite.
-        with_images: whether rows carry the JPEG.
+        arrived: of a GPU: when arrays and `finite_B` may be read.
+        columns: of a row.
+        rows_at_once: how many rows went through the models together, where the memory did not take all.
     """
 
     batch: Batch
     arrays: dict[str, torch.Tensor]
     finite_B: torch.Tensor
-    with_images: bool
+    arrived: torch.cuda.Event | None
+    columns: tuple[str, ...]
+    rows_at_once: int | None
 
     def not_finite(self) -> list[str]:
         """Keys of the rows with a NaN or an infinity; waits for the device."""
+        self._wait()
         return [key for key, finite in zip(self.batch.key, self.finite_B.tolist(), strict=True) if not finite]
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows as they are stored, see `core.schema.latents_columns`; waits for the device."""
-        arrays = {column: array.cpu().numpy() for column, array in self.arrays.items()}
-        batch = self.batch
-        return [
-            {
-                "key": batch.key[i],
-                "caption": batch.caption[i],
-                **{column: array[i].tobytes() for column, array in arrays.items()},
-                "width": batch.width[i],
-                "height": batch.height[i],
-                **({"jpg": batch.jpg[i]} if self.with_images else {}),
-            }
-            for i in range(len(batch))
-        ]
+        self._wait()
+        batch, arrays = self.batch, {column: array.numpy() for column, array in self.arrays.items()}
+        values: dict[str, Any] = {column: getattr(batch, column, None) for column in self.columns}
+        values |= {column: [row.tobytes() for row in array] for column, array in arrays.items()}
+        values[CAPTION_LENGTH_COLUMN] = batch.tokens.attended_B.tolist()
+        return [{column: values[column][i] for column in self.columns} for i in range(len(batch))]
+
+    def _wait(self) -> None:
+        if self.arrived is not None:
+            self.arrived.synchronize()
 
 
 class Encoders:
@@ -67,15 +73,24 @@ class Encoders:
         settings: what is computed and stored.
         vae, text: the models, on one device.
         device, dtype: where and in what they run.
+
+    Attributes:
+        rows_at_once: rows that go through the models together; None as long as the memory takes every batch.
+        models_lock: held by whoever runs a model; they keep state while they run.
+        columns: of a row, with their MDS encodings.
     """
 
     def __init__(
         self, settings: EncoderSettings, vae: VaeEncoder, text: TextEncoder, device: torch.device, dtype: torch.dtype
     ) -> None:
+        self.settings, self.vae, self.text = settings, vae, text
         self.device = device
         self.model_dtype = str(dtype).removeprefix("torch.")
-        self.preparation = Preparation(text.tokenize, settings.image_resolutions, settings.seed, vae.latent_channels)
-        self._settings, self._vae, self._text = settings, vae, text
+        noise_channels = vae.latent_channels if settings.latent_mode == "sample" else 0
+        self.preparation = Preparation(text.tokenize, settings.image_resolutions, settings.seed, noise_channels)
+        self.columns = latents_columns(settings.image_resolutions, settings.save_images, text.masks_padding)
+        self.rows_at_once: int | None = None
+        self.models_lock = threading.Lock()
 
     @classmethod
     def load(cls, settings: EncoderSettings, device: str) -> Encoders:
@@ -94,42 +109,79 @@ class Encoders:
         automatic = "bfloat16" if on.type == "cuda" else "float32"
         dtype = DTYPES[automatic if settings.model_dtype == "auto" else settings.model_dtype]
         vae = VaeEncoder.load(settings.vae, settings.vae_revision, on, dtype)
-        text = TextEncoder.load(settings.text_encoder, settings.text_encoder_revision, on, dtype)
+        family: Any = OpenClipText if settings.text_encoder.startswith(OPENCLIP_PREFIX) else TransformersText
+        text = family.load(settings.text_encoder, settings.text_encoder_revision, on, dtype)
         return cls(settings, vae, text, on, dtype)
 
+    @torch.inference_mode()
     def encode(self, batch: Batch) -> Encoded:
         """Start encoding a batch; on a GPU this returns before the numbers are there.
 
+        A batch that does not fit into the device's memory is halved until it does, and so are those that follow.
+
         Raises:
-            SettingsError: the batch does not fit into the device's memory.
+            SettingsError: not even one row fits.
         """
-        stored = DTYPES[self._settings.save_dtype]
-        try:
-            with torch.inference_mode():
-                arrays = {"caption_latents": self._text.encode(batch.tokens_BL).to(stored)}
-                for px, images_BCHW in batch.images_BCHW.items():
-                    latents_BChw = self._vae.encode(images_BCHW, batch.noise_BChw[px])
-                    arrays[latents_column(px)] = latents_BChw.to(stored)
-                # after the cast: float16 turns what is above 65504 into infinity
-                finite_B = torch.stack([a.flatten(1).isfinite().all(1) for a in arrays.values()]).all(0)
-        except torch.cuda.OutOfMemoryError as error:
-            raise SettingsError(
-                f"a batch of {len(batch)} does not fit into the memory of {self.device}", "Lower encoders.batch_size."
-            ) from error
-        return Encoded(batch, arrays, finite_B, self._settings.save_images)
+        with self.models_lock:
+            arrays = self._arrays_in_parts(batch)
+            # after the cast: float16 turns what is above 65504 into infinity
+            finite_B = torch.stack([a.flatten(1).isfinite().all(1) for a in arrays.values()]).all(0)
+            # Copied at once: asked for later, the copies would queue up behind the next batch.
+            arrays = {column: array.to("cpu", non_blocking=True) for column, array in arrays.items()}
+            finite_B = finite_B.to("cpu", non_blocking=True)
+            arrived = None
+            if self.device.type == "cuda":
+                arrived = torch.cuda.Event(blocking=True)
+                arrived.record(torch.cuda.current_stream(self.device))
+        return Encoded(batch, arrays, finite_B, arrived, tuple(self.columns), self.rows_at_once)
+
+    def _arrays_in_parts(self, batch: Batch) -> dict[str, torch.Tensor]:
+        while True:
+            step = min(self.rows_at_once or len(batch), len(batch))
+            try:
+                parts = [self._arrays(batch, slice(at, at + step)) for at in range(0, len(batch), step)]
+            except torch.cuda.OutOfMemoryError as error:
+                said = str(error)
+            else:
+                return {column: torch.cat([part[column] for part in parts]) for column in parts[0]}
+            # Not in the handler, where the traceback still holds the tensors that took the memory.
+            if step == 1:
+                raise SettingsError(
+                    f"not even one image fits into the memory of {self.device} ({said})",
+                    "Free it of other processes, or leave out the largest of image_resolutions.",
+                )
+            self.rows_at_once = step // 2
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _arrays(self, batch: Batch, part: slice) -> dict[str, torch.Tensor]:
+        stored = DTYPES[self.settings.save_dtype]
+        arrays = {"caption_latents": self.text.encode(Tokens(*(of[part] for of in batch.tokens))).to(stored)}
+        for px, images_BCHW in batch.images_BCHW.items():
+            mean_BChw, std_BChw = self.vae.encode(images_BCHW[part])
+            if self.settings.latent_mode == "moments":
+                latents = torch.cat([mean_BChw, std_BChw], dim=1)
+            elif self.settings.latent_mode == "mean":
+                latents = mean_BChw
+            else:
+                noise_BChw = batch.noise_BChw[px][part].to(self.device, non_blocking=True)
+                latents = mean_BChw + std_BChw * noise_BChw
+            arrays[latents_column(px)] = latents.to(stored, memory_format=torch.contiguous_format)
+        return arrays
 
     def layout(self) -> dict[str, Any]:
         """What a reader must know of the stored arrays, and what made them; for the ledger's details."""
-        channels = self.preparation.latent_channels
+        channels = self.vae.latent_channels * (2 if self.settings.latent_mode == "moments" else 1)
         return {
-            "caption_latents": [1, self._text.length, self._text.width],
+            "caption_latents": [1, self.text.length, self.text.width],
             "image_latents": {
                 str(px): [channels, px // LATENT_DOWNSCALE, px // LATENT_DOWNSCALE]
-                for px in self._settings.image_resolutions
+                for px in self.settings.image_resolutions
             },
-            "dtype": self._settings.save_dtype,
-            "vae": self._settings.vae,
-            "text_encoder": self._settings.text_encoder,
+            "dtype": self.settings.save_dtype,
+            "latent_mode": self.settings.latent_mode,
+            "vae": self.settings.vae,
+            "text_encoder": self.settings.text_encoder,
             "device": _device_name(self.device),
             "model_dtype": self.model_dtype,
         }

@@ -1,8 +1,8 @@
-"""The VAE: images to latents.
+"""The VAE: images to latents, and back.
 
-Latents are one sample of the VAE's posterior, normalised as diffusion models take them. The noise of that
-sample is a function of seed, key and resolution alone, so that neither the machine nor the batch nor the
-number of processes moves it.
+Latents are normalised as diffusion models take them: `(z - shift_factor) × scaling_factor`, both from the model's
+config. The noise with which a sample of the posterior is drawn is a function of seed, key and resolution alone, so
+that neither the machine nor the batch nor the number of processes moves it.
 
 Shapes: B batch, C channels (3 of an image, 4 or 16 of a latent), H and W in px of the image, h and w in cells
 of the latent (H / 8, W / 8).
@@ -21,16 +21,14 @@ from diffusers import AutoencoderKL
 
 from md_assets.core.errors import SettingsError
 from md_assets.core.schema import LATENT_DOWNSCALE
-
-SUBFOLDER = "vae"
-"""Where a pipeline's repository keeps its VAE, as `DiffusionPipeline.save_pretrained` writes it."""
+from md_assets.storage.models import VAE_SUBFOLDER, subfolder_of
 
 
 class VaeEncoder:
-    """The encoder half of a diffusers `AutoencoderKL`, ready to run.
+    """A diffusers `AutoencoderKL`, ready to run.
 
     Args:
-        model: the `AutoencoderKL`, in the dtype in which it is to run; its decoder is dropped.
+        model: the `AutoencoderKL`, in the dtype in which it is to run.
         name: what to call it in errors.
         device: where it runs.
 
@@ -50,7 +48,6 @@ class VaeEncoder:
                 f"the VAE {name} makes latents of 1/{downscale} of the image's edge instead of 1/{LATENT_DOWNSCALE}",
                 "Choose a VAE of the Stable Diffusion family.",
             )
-        del model.decoder, model.post_quant_conv
         self.latent_channels = int(model.config.latent_channels)
         self._shift = float(model.config.shift_factor or 0.0)
         self._scale = float(model.config.scaling_factor)
@@ -62,8 +59,8 @@ class VaeEncoder:
         """Load a VAE from a local folder or, at one commit, from the Hub.
 
         Args:
-            vae: the `vae` setting: a Hub repository with a subfolder `vae`, or a local folder with one, or a
-                bare VAE folder.
+            vae: the `vae` setting: a Hub repository or a local folder, of a pipeline (with a subfolder `vae`) or of a
+                VAE alone.
             revision: the commit, for a repository; not looked at for a folder.
             device: see the class.
             dtype: of weights and activations.
@@ -71,39 +68,43 @@ class VaeEncoder:
         Raises:
             SettingsError: it cannot be loaded or used; see also the class.
         """
-        folder = Path(vae)
-        pinned = {} if folder.is_dir() else {"revision": revision}
-        bare = folder.is_dir() and not (folder / SUBFOLDER).is_dir()
+        remedy = "Correct `vae` or MD_ASSETS_VAE, or its files."
         try:
+            inside = subfolder_of(vae, VAE_SUBFOLDER, revision)
+            pinned = {} if Path(vae).is_dir() else {"revision": revision}
             model, info = AutoencoderKL.from_pretrained(
-                vae, subfolder=None if bare else SUBFOLDER, torch_dtype=dtype, output_loading_info=True, **pinned
+                vae, subfolder=inside or None, torch_dtype=dtype, output_loading_info=True, **pinned
             )
         except Exception as error:  # diffusers, huggingface_hub and safetensors each raise their own
-            raise SettingsError(
-                f"the VAE {vae} cannot be loaded: {error}", "Correct `vae` or MD_ASSETS_VAE, or its files."
-            ) from error
-        # diffusers only logs missing weights, and leaves them random
-        if missing := [name for name in info["missing_keys"] if not name.startswith(("decoder.", "post_quant_conv."))]:
-            raise SettingsError(f"the VAE {vae} lacks weights, e.g. {missing[0]}", "Fetch its files again.")
+            raise SettingsError(f"the VAE {vae} cannot be loaded: {error}", remedy) from error
+        if missing := info["missing_keys"]:  # diffusers only logs these, and leaves them random
+            raise SettingsError(f"the VAE {vae} lacks weights, e.g. {missing[0]}", remedy)
         return cls(model, vae, device)
 
     @torch.inference_mode()
-    def encode(self, images_BCHW: torch.Tensor, noise_BChw: torch.Tensor) -> torch.Tensor:
-        """Images to latents: `(mean + std × noise - shift_factor) × scaling_factor`.
+    def encode(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images to the normalised posterior: its mean `(mean - shift_factor) × scaling_factor` and its standard
+        deviation `std × scaling_factor`, so that `mean + std × noise` is a normalised sample.
 
         Args:
             images_BCHW: uint8 RGB, 0–255; H and W multiples of 8; on any device.
-            noise_BChw: float32, see `posterior_noise`; on any device.
 
-        Returns: B×C×h×w, float32, on the VAE's device.
+        Returns: mean_BChw and std_BChw, float32, on the VAE's device.
         """
         images_BCHW = images_BCHW.to(self._device, non_blocking=True).float().div_(127.5).sub_(1.0)
         images_BCHW = images_BCHW.to(self._dtype).to(memory_format=torch.channels_last)
         posterior = self._model.encode(images_BCHW).latent_dist
         # mean and log variance leave the model in its dtype; everything after it is float32
-        std_BChw = torch.exp(0.5 * posterior.logvar.float())
-        noise_BChw = noise_BChw.to(self._device, non_blocking=True)
-        return (posterior.mean.float() + std_BChw * noise_BChw - self._shift) * self._scale
+        mean_BChw = (posterior.mean.float() - self._shift) * self._scale
+        return mean_BChw, torch.exp(0.5 * posterior.logvar.float()) * self._scale
+
+    @torch.inference_mode()
+    def decode(self, latents_BChw: torch.Tensor) -> torch.Tensor:
+        """Normalised latents (any float dtype, on any device) back to images_BCHW: uint8 RGB, on the VAE's device."""
+        latents_BChw = latents_BChw.to(self._device).float() / self._scale + self._shift
+        latents_BChw = latents_BChw.to(self._dtype).to(memory_format=torch.channels_last)
+        images_BCHW = self._model.decode(latents_BChw).sample.float()
+        return images_BCHW.add_(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def posterior_noise(seed: int, key: str, resolution_px: int, channels: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ import torch
 from streaming import Stream, StreamingDataLoader, StreamingDataset
 
 from md_assets.core.errors import SettingsError
-from md_assets.core.schema import latents_column
+from md_assets.core.schema import CAPTION_LENGTH_COLUMN, latents_column
 from md_assets.loader.layout import CAPTION_COLUMN, LatentsIndex, LatentsLayout, agreed_layout
 from md_assets.loader.shared_memory import clear_start
 from md_assets.loader.streams import LatentsStream, Streams, checked_streams
@@ -63,10 +63,12 @@ def build_latents_dataloader(
         dataloader_options: further arguments of `torch.utils.data.DataLoader`, e.g. `pin_memory`.
 
     Returns: a loader of dicts, arrays in the stored dtype (float16 or float32):
-        `image_latents` (B, C, s, s); `caption_latents` (B, 1, L, D); `drop_caption_mask` (B,) float32, 0.0 where
-        the caption is dropped and 1.0 elsewhere, the reference's convention; with `with_keys` also `key`, a list
-        of B texts. `len(loader)` is the number of batches of this rank in an epoch. On one rank an epoch has no
-        sample twice unless weights ask for it; several ranks get equally many, so a few are repeated.
+        `image_latents` (B, C, s, s), of moments a sample that is drawn anew in each epoch; `caption_latents`
+        (B, 1, L, D); `drop_caption_mask` (B,) float32, 0.0 where the caption is dropped and 1.0 elsewhere, the
+        reference's convention; of text encoders that mask padding (T5) also `caption_mask` (B, L) bool, True at
+        tokens; with `with_keys` also `key`, a list of B texts. `len(loader)` is the number of batches of this rank
+        in an epoch. On one rank an epoch has no sample twice unless weights ask for it; several ranks get equally
+        many, so a few are repeated.
 
     Raises:
         SettingsError: a directory or index is missing, was not encoded at `image_size`, or cannot be mixed with
@@ -100,6 +102,7 @@ def build_latents_dataloader(
     if len(indexes) < len(checked):  # what was missing of remote streams is there now
         indexes = [stream.read_index() for stream in checked]
     dataset.layout = _agreed(indexes, image_size, with_keys, layout)
+    dataset.with_caption_mask = indexes[0].has_caption_length
     return StreamingDataLoader(
         dataset, batch_size=batch_size, drop_last=drop_last, num_workers=num_workers, **dataloader_options
     )
@@ -125,9 +128,10 @@ def _as_stream(stream: LatentsStream) -> Stream:
 
 
 class LatentsDataset(StreamingDataset):
-    """Samples as tensors; made by `build_latents_dataloader` only, which also sets `layout`."""
+    """Samples as tensors; made by `build_latents_dataloader` only, which also sets these two."""
 
     layout: LatentsLayout
+    with_caption_mask: bool
 
     def __init__(
         self, streams: list[Stream], *, image_size: int, caption_drop_prob: float, with_keys: bool, **options: Any
@@ -153,10 +157,13 @@ class LatentsDataset(StreamingDataset):
         drops = self._drops_caption(sample_id)
         sample = {
             # First, as `StreamingDataLoader` counts samples by the length of a batch's first entry.
-            "image_latents": self._tensor(row, image_column, image_shape, sample_id),
+            "image_latents": self._sampled(self._tensor(row, image_column, image_shape, sample_id), sample_id),
             "caption_latents": self._tensor(row, CAPTION_COLUMN, self.layout.caption_latents, sample_id),
             "drop_caption_mask": torch.tensor(0.0 if drops else 1.0),
         }
+        if self.with_caption_mask:
+            positions_L = torch.arange(self.layout.caption_latents[1])
+            sample["caption_mask"] = positions_L < int(row[CAPTION_LENGTH_COLUMN])
         if self.with_keys:
             sample["key"] = row[KEY_COLUMN]
         return sample
@@ -177,6 +184,18 @@ class LatentsDataset(StreamingDataset):
     def _drops_caption(self, sample_id: int) -> bool:
         if self.caption_drop_prob == 0.0:
             return False
+        return self._random(sample_id, 0).random() < self.caption_drop_prob
+
+    def _sampled(self, latents: torch.Tensor, sample_id: int) -> torch.Tensor:
+        """A sample of stored moments; other latents as they are."""
+        if self.layout.latent_mode != "moments":
+            return latents
+        mean, std = latents.float().chunk(2)
+        noise = self._random(sample_id, 1).standard_normal(mean.shape, dtype=np.float32)
+        return (mean + std * torch.from_numpy(noise)).to(latents.dtype)
+
+    def _random(self, sample_id: int, purpose: int) -> np.random.Generator:
+        """Follows from (shuffle seed, epoch, sample, purpose), so it is the same after resuming and in any worker."""
         # `next_epoch` counts up before an epoch's first sample, and a loaded state sets it.
         epoch = max(self.next_epoch - 1, 0)
-        return np.random.default_rng((self.shuffle_seed, epoch, int(sample_id))).random() < self.caption_drop_prob
+        return np.random.default_rng((self.shuffle_seed, epoch, int(sample_id), purpose))

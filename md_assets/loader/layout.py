@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from md_assets.core.errors import MdAssetsError, SettingsError
-from md_assets.core.schema import ITEM_BYTES, LATENT_DOWNSCALE, latents_column
+from md_assets.core.schema import CAPTION_LENGTH_COLUMN, ITEM_BYTES, LATENT_DOWNSCALE, LATENT_MODES, latents_column
 from md_assets.storage.mds import INDEX_NAME, INDEX_VERSION, ShardError
 from md_assets.storage.publish import read_ledger
 
@@ -35,8 +35,9 @@ class LatentsLayout:
 
     Attributes:
         caption_latents: (1, L, D), e.g. (1, 77, 1024).
-        image_latents: image size in px -> (C, s, s), e.g. {256: (4, 32, 32), 512: (4, 64, 64)}.
+        image_latents: image size in px -> (C, s, s), e.g. {256: (4, 32, 32), 512: (4, 64, 64)}; (2C, s, s) of moments.
         dtype: `float16` or `float32`.
+        latent_mode: see `core.schema.LATENT_MODES`.
 
     Raises:
         SettingsError: a shape is not three positive numbers, or the dtype is another.
@@ -45,10 +46,15 @@ class LatentsLayout:
     caption_latents: tuple[int, int, int]
     image_latents: Mapping[int, tuple[int, int, int]]
     dtype: str = "float16"
+    latent_mode: str = "sample"
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_BYTES:
             raise SettingsError(f"latents of dtype {self.dtype!r} are unknown", f"Use one of {sorted(ITEM_BYTES)}.")
+        if self.latent_mode not in LATENT_MODES:
+            raise SettingsError(
+                f"latent_mode {self.latent_mode!r} is unknown", f"Use one of {', '.join(LATENT_MODES)}."
+            )
         for shape in (self.caption_latents, *self.image_latents.values()):
             if len(shape) != 3 or any(not isinstance(n, int) or n < 1 for n in shape):
                 raise SettingsError(
@@ -63,7 +69,7 @@ class LatentsLayout:
         image_latents: dict[int, tuple[int, int, int]] = {}
         for image_size, (channels, height, across) in metadata["image_latents"].items():
             image_latents[int(image_size)] = (channels, height, across)
-        return cls((one, tokens, width), image_latents, metadata["dtype"])
+        return cls((one, tokens, width), image_latents, metadata["dtype"], metadata.get("latent_mode", "sample"))
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,11 @@ class LatentsIndex:
     samples: int
     columns: frozenset[str]
     layout: LatentsLayout | None
+
+    @property
+    def has_caption_length(self) -> bool:
+        """Whether the text encoder masked padding, so that a model must do so too."""
+        return CAPTION_LENGTH_COLUMN in self.columns
 
 
 def read_latents_index(directory: Path) -> LatentsIndex:
@@ -147,6 +158,8 @@ def agreed_layout(indexes: Sequence[LatentsIndex], image_size: int, given: Laten
             ("caption latents", first_layout.caption_latents, layout.caption_latents),
             (f"{image_size} px latents", first_layout.image_latents[image_size], layout.image_latents[image_size]),
             ("dtype", first_layout.dtype, layout.dtype),
+            ("latent_mode", first_layout.latent_mode, layout.latent_mode),
+            (CAPTION_LENGTH_COLUMN, first.has_caption_length, other.has_caption_length),
         ):
             if ours != theirs:
                 raise SettingsError(

@@ -122,7 +122,7 @@ class _Events:
                     raise ArchiveError(
                         self._plan.dataset, archive, "was replaced by another run", "Run it again", reason="stale"
                     )
-                self._run.record(Outcome(ledger, passed_over=kind == "passed_over"))
+                self._run.record(Outcome(ledger, passed_over=kind == "passed_over"), _picture(event))
             except ArchiveError as error:
                 self._run.fail(error)
         elif kind == "failed":
@@ -140,6 +140,12 @@ class _Events:
 
     def unaccounted(self) -> list[str]:
         return [archive for archive in self._plan.archives if archive not in self._accounted]
+
+
+def _picture(event: Mapping[str, Any]) -> dict[str, dg.MetadataValue]:
+    """What the VAE's decoder makes of some of an archive's latents, beside the pictures that they were made of."""
+    uri = event.get("picture")
+    return {"crop_and_decoded": dg.MetadataValue.md(f"![crop, decoded, crop, decoded]({uri})")} if uri else {}
 
 
 @contextmanager

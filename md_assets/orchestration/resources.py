@@ -117,12 +117,13 @@ class EncodersResource(dg.ConfigurableResource):
 
     vae: str | None = Field(
         default=None,
-        description="Hub repository with a subfolder vae, or a local folder with or of a VAE. "
+        description="Hub repository or local folder of a pipeline (with a subfolder vae) or of a VAE alone. "
         f"Default: {VAE_VARIABLE}, or {DEFAULT_VAE}.",
     )
     text_encoder: str | None = Field(
         default=None,
-        description="openclip:hf-hub:ORG/NAME or openclip:local-dir:PATH. "
+        description="openclip:hf-hub:ORG/NAME or openclip:local-dir:PATH; or a CLIP or T5 encoder of transformers: "
+        "ORG/NAME or a path, of a pipeline (with text_encoder and tokenizer) or of the model alone. "
         f"Default: {TEXT_ENCODER_VARIABLE}, or {DEFAULT_TEXT_ENCODER}.",
     )
     image_resolutions: list[int] = Field(
@@ -136,6 +137,11 @@ class EncodersResource(dg.ConfigurableResource):
         default="auto", description="auto (bfloat16 on a GPU, float32 on a CPU), float32 or bfloat16."
     )
     save_dtype: str = Field(default="float16", description="float16 or float32, of the stored latents.")
+    latent_mode: str = Field(
+        default="sample",
+        description="What is stored of the VAE's posterior: sample, mean, or moments (mean and standard deviation, of "
+        "which the loader draws samples; twice the channels).",
+    )
     seed: int = Field(default=0, description="Of the posterior noise, which depends on it and on a sample's key only.")
     save_images: bool = Field(default=False, description="Whether the JPEGs go into the latents' shards too.")
 
@@ -154,6 +160,7 @@ class EncodersResource(dg.ConfigurableResource):
             image_resolutions=tuple(self.image_resolutions),
             model_dtype=self.model_dtype,
             save_dtype=self.save_dtype,
+            latent_mode=self.latent_mode,
             seed=self.seed,
             save_images=self.save_images,
         )

@@ -41,6 +41,16 @@ def latents_sheet(latents_CHW: Sequence[npt.NDArray[np.floating[Any]]]) -> str |
     return _sheet([_latent_thumbnail(latent) for latent in latents_CHW[: COLUMNS * ROWS]])
 
 
+def pictures_sheet(pictures_HWC: Sequence[npt.NDArray[np.uint8]]) -> str | None:
+    """A data URI of the first sixteen square pictures (uint8 RGB), four in a row."""
+    return _sheet(
+        [
+            Image.fromarray(picture).resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BICUBIC)
+            for picture in pictures_HWC[: COLUMNS * ROWS]
+        ]
+    )
+
+
 def _thumbnail(jpeg: bytes) -> Image.Image:
     with Image.open(io.BytesIO(jpeg)) as image:
         image.draft("RGB", (THUMBNAIL_PX, THUMBNAIL_PX))

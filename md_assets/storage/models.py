@@ -6,12 +6,22 @@ Here: resolving an encoder setting to a definite content. Not here: the models, 
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Sequence
 from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 
 from md_assets.core.errors import SettingsError
 from md_assets.storage.hub import HubClient
 
 OPENCLIP_PREFIX = "openclip:"
+
+VAE_SUBFOLDER, TEXT_SUBFOLDER, TOKENIZER_SUBFOLDER = "vae", "text_encoder", "tokenizer"
+"""Where a pipeline keeps its parts, as `DiffusionPipeline.save_pretrained` writes them."""
+
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def vae_revision(vae: str, hub: HubClient) -> str:
@@ -27,30 +37,60 @@ def vae_revision(vae: str, hub: HubClient) -> str:
     """
     path = Path(vae)
     if path.is_dir():
-        return _digest(path / "vae" if (path / "vae").is_dir() else path)
-    if vae.startswith(("/", ".", "~")):
+        return _digest(path / VAE_SUBFOLDER if (path / VAE_SUBFOLDER).is_dir() else path)
+    if _is_path(vae):
         raise SettingsError(f"the VAE folder {vae} does not exist", "Correct `vae` or MD_ASSETS_VAE.")
     return hub.revision(vae, "model")
 
 
 def text_encoder_revision(text_encoder: str, hub: HubClient) -> str:
     """The commit of a text encoder on the Hub, or the digest of a local one; see `vae_revision`."""
-    kind, _, place = text_encoder.removeprefix(OPENCLIP_PREFIX).partition(":")
-    if not text_encoder.startswith(OPENCLIP_PREFIX) or kind not in ("hf-hub", "local-dir") or not place:
+    if text_encoder.startswith(OPENCLIP_PREFIX):
+        kind, _, place = text_encoder.removeprefix(OPENCLIP_PREFIX).partition(":")
+    else:
+        is_local = Path(text_encoder).is_dir() or _is_path(text_encoder)
+        kind, place = "local-dir" if is_local else "hf-hub", text_encoder
+    if not place or not (kind == "local-dir" or (kind == "hf-hub" and _REPOSITORY.fullmatch(place))):
         raise SettingsError(
             f"text_encoder {text_encoder!r} is not understood",
-            "Use openclip:hf-hub:ORG/NAME or openclip:local-dir:PATH.",
+            "Use openclip:hf-hub:ORG/NAME or openclip:local-dir:PATH, or ORG/NAME or a path of a CLIP or T5 encoder "
+            "of transformers.",
         )
     if kind == "hf-hub":
         return hub.revision(place, "model")
-    if not Path(place).is_dir():
+    folder = Path(place)
+    if not folder.is_dir():
         raise SettingsError(f"the text encoder's folder {place} does not exist", "Correct MD_ASSETS_TEXT_ENCODER.")
-    return _digest(Path(place))
+    if text_encoder == place and (folder / TEXT_SUBFOLDER).is_dir():
+        return _digest(folder, (TEXT_SUBFOLDER, TOKENIZER_SUBFOLDER))
+    return _digest(folder)
 
 
-def _digest(folder: Path) -> str:
-    """A digest of all files below `folder`: names and contents, so a copy elsewhere has the same one."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not _is_hidden(p, folder))
+def subfolder_of(model: str, subfolder: str, revision: str) -> str:
+    """`subfolder` where `model` is a pipeline that has its part there, empty where it is that part alone.
+
+    Args:
+        model: a local folder, or a repository of the Hub (or its cache).
+        subfolder: see `VAE_SUBFOLDER`.
+        revision: the commit, for a repository.
+    """
+    if Path(model).is_dir():
+        return subfolder if (Path(model) / subfolder).is_dir() else ""
+    try:
+        hf_hub_download(model, f"{subfolder}/config.json", revision=revision)
+    except EntryNotFoundError:  # also where the Hub does not answer; then loading says so
+        return ""
+    return subfolder
+
+
+def _is_path(model: str) -> bool:
+    return model.startswith(("/", ".", "~"))
+
+
+def _digest(folder: Path, parts: Sequence[str] = ("",)) -> str:
+    """A digest of all files in `parts` of `folder`: names and contents, so a copy elsewhere has the same one."""
+    found = (path for part in parts for path in (folder / part).rglob("*"))
+    files = sorted(path for path in found if path.is_file() and not _is_hidden(path, folder))
     if not files:
         raise SettingsError(f"the model folder {folder} is empty", "Put the model's files there.")
     digest = hashlib.sha256()

@@ -26,16 +26,18 @@ from md_assets.encoders.batches import (
     batches,
     crops_of,
 )
+from md_assets.encoders.text import Tokens
 from md_assets.encoders.vae import posterior_noise
 from md_assets.storage.mds import Shard, read_index
 
 
-def tokenize(captions) -> torch.Tensor:
-    """The lengths of the captions, as a tensor of the right form."""
-    return torch.tensor([[len(caption)] for caption in captions])
+def tokenize(captions) -> Tokens:
+    """The lengths of the captions, as tokens of the right form."""
+    ids_BL = torch.tensor([[len(caption)] for caption in captions])
+    return Tokens(ids_BL, torch.ones(len(captions), dtype=torch.int64))
 
 
-PREPARATION = Preparation(tokenize, (16, 32), seed=0, latent_channels=4)
+PREPARATION = Preparation(tokenize, (16, 32), seed=0, noise_channels=4)
 
 
 @dataclass
@@ -75,7 +77,7 @@ def test_every_row_comes_once_in_order_and_archives_are_not_mixed(archive, mds_r
     expected = mds_rows("train/000", 7, 48, 40) + mds_rows("train/002", 4, 48, 40)
     for column in ("key", "caption", "width", "height", "jpg"):
         assert [value for b in got for value in getattr(b, column)] == [row[column] for row in expected]
-    assert torch.cat([b.tokens_BL for b in got]).tolist() == [[len(row["caption"])] for row in expected]
+    assert torch.cat([b.tokens.ids_BL for b in got]).tolist() == [[len(row["caption"])] for row in expected]
     for px in (16, 32):
         images = torch.cat([b.images_BCHW[px] for b in got])
         assert images.dtype == torch.uint8
@@ -132,6 +134,12 @@ def test_a_damaged_shard_is_named(archive) -> None:
     assert str(shard) in got.what
 
 
+def test_noise_is_drawn_only_where_it_is_wanted(archive) -> None:
+    (batch,) = batches(iter([archive("a", 2)]), replace(PREPARATION, noise_channels=0), 8, 0, False)
+    assert isinstance(batch, Batch)
+    assert batch.noise_BChw == {}
+
+
 def test_rows_of_several_shards(archive) -> None:
     first, second = archive("a", 2).shards + archive("b", 2).shards
     batch = PreparedBatches(PREPARATION)[
@@ -142,7 +150,7 @@ def test_rows_of_several_shards(archive) -> None:
 
 
 def test_a_killed_worker_is_an_error(archive) -> None:
-    def die(captions) -> torch.Tensor:
+    def die(captions) -> Tokens:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError("unreachable")
 

@@ -22,11 +22,12 @@ def batch_of(rows, encoders: Encoders) -> Batch:
     return Batch(
         archive="a",
         **{column: [row[column] for row in rows] for column in ("key", "caption", "width", "height", "jpg")},
-        tokens_BL=to.tokenize([row["caption"] for row in rows]),
+        tokens=to.tokenize([row["caption"] for row in rows]),
         images_BCHW={px: torch.stack([crop[px] for crop in crops]) for px in to.resolutions_px},
         noise_BChw={
-            px: torch.stack([posterior_noise(to.seed, row["key"], px, to.latent_channels) for row in rows])
+            px: torch.stack([posterior_noise(to.seed, row["key"], px, to.noise_channels) for row in rows])
             for px in to.resolutions_px
+            if to.noise_channels
         },
     )
 
@@ -87,14 +88,74 @@ def test_bfloat16_runs_on_a_cpu_too(encoders: Encoders, tiny_encoders, mds_rows)
     assert 0 < np.linalg.norm(a - b) / np.linalg.norm(b) < 0.02
 
 
-def test_memory_that_is_not_enough_is_told_with_its_remedy(
-    encoders: Encoders, mds_rows, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(images, noise):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+def values(row, column: str, dtype: str = "float32") -> np.ndarray:
+    return np.frombuffer(row[column], dtype)
 
-    monkeypatch.setattr(encoders._vae, "encode", full)
-    with pytest.raises(SettingsError, match=r"a batch of 2 does not fit.*Lower encoders.batch_size"):
+
+def test_the_modes_store_parts_of_one_posterior(tiny_encoders, mds_rows) -> None:
+    rows, stored = mds_rows("a", 2), {}
+    for mode in ("sample", "mean", "moments"):
+        encoders = Encoders.load(tiny_encoders.settings(latent_mode=mode, save_dtype="float32"), "cpu")
+        stored[mode] = encoders.encode(batch_of(rows, encoders)).rows()
+        channels = 8 if mode == "moments" else 4
+        assert encoders.layout()["image_latents"]["64"] == [channels, 8, 8]
+        assert encoders.layout()["latent_mode"] == mode
+    for i in range(2):
+        mean, std = np.split(values(stored["moments"][i], "latents_64"), 2)
+        noise = posterior_noise(0, rows[i]["key"], 64, 4).numpy().ravel()
+        assert np.array_equal(mean, values(stored["mean"][i], "latents_64"))
+        np.testing.assert_allclose(mean + std * noise, values(stored["sample"][i], "latents_64"), rtol=1e-5, atol=1e-6)
+        assert (std > 0).all()
+
+
+def test_of_a_t5_the_length_of_each_caption_is_stored(tiny_encoders, tiny_t5, mds_rows) -> None:
+    encoders = Encoders.load(tiny_encoders.settings(text_encoder=str(tiny_t5)), "cpu")
+    rows = mds_rows("a", 2)
+    rows[1]["caption"] = "a cat"
+    stored = encoders.encode(batch_of(rows, encoders)).rows()
+    assert list(stored[0]) == list(latents_columns((32, 64), False, with_caption_length=True))
+    expected = encoders.text.tokenize([row["caption"] for row in rows]).attended_B.tolist()
+    assert [row["caption_length"] for row in stored] == expected
+    assert expected[1] < expected[0] < 120
+    assert encoders.layout()["caption_latents"] == [1, 120, 32]
+
+
+def out_of_memory_above(encoders: Encoders, rows: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let the VAE fail for larger batches; returns the sizes that it is asked for."""
+    encode, asked = encoders.vae.encode, []
+
+    def limited(images_BCHW):
+        asked.append(len(images_BCHW))
+        if len(images_BCHW) > rows:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return encode(images_BCHW)
+
+    monkeypatch.setattr(encoders.vae, "encode", limited)
+    return asked
+
+
+def test_memory_that_is_not_enough_halves_this_batch_and_the_next(tiny_encoders, mds_rows, monkeypatch) -> None:
+    encoders = Encoders.load(tiny_encoders.settings(image_resolutions=(32,)), "cpu")
+    batch = batch_of(mds_rows("a", 9), encoders)
+    whole = encoders.encode(batch)
+    assert whole.rows_at_once is None
+    asked = out_of_memory_above(encoders, 2, monkeypatch)
+    halved = encoders.encode(batch)
+    assert (halved.rows_at_once, asked) == (2, [9, 4, 2, 2, 2, 2, 1])
+    assert [row["key"] for row in halved.rows()] == [row["key"] for row in whole.rows()]
+    for one, other in zip(halved.rows(), whole.rows(), strict=True):
+        np.testing.assert_allclose(values(one, "latents_32", "float16"), values(other, "latents_32", "float16"), 1e-3)
+    asked.clear()
+    encoders.encode(batch_of(mds_rows("b", 3), encoders))
+    assert asked == [2, 1]
+
+
+def test_one_image_that_does_not_fit_is_told_with_its_remedy(tiny_encoders, mds_rows, monkeypatch) -> None:
+    encoders = Encoders.load(tiny_encoders.settings(), "cpu")
+    out_of_memory_above(encoders, 0, monkeypatch)
+    with pytest.raises(
+        SettingsError, match=r"not even one image fits .*Tried to allocate 2\.00 GiB.*image_resolutions"
+    ):
         encoders.encode(batch_of(mds_rows("a", 2), encoders))
 
 

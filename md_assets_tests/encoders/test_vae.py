@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from md_assets.core.errors import SettingsError
+from md_assets.demo.tiny_encoders import write_tiny_vae
 from md_assets.encoders.vae import VaeEncoder, posterior_noise
 
 CPU = torch.device("cpu")
@@ -29,6 +30,11 @@ def plainly_encoded(folder: Path, images_BCHW: torch.Tensor, noise_BChw: torch.T
     return posterior.mean + posterior.std * noise_BChw
 
 
+def sampled(vae: VaeEncoder, images_BCHW: torch.Tensor, noise_BChw: torch.Tensor) -> torch.Tensor:
+    mean_BChw, std_BChw = vae.encode(images_BCHW)
+    return mean_BChw + std_BChw * noise_BChw
+
+
 def rewritten(tiny_encoders, folder: Path, **config) -> Path:
     """A copy of the tiny VAE with another config."""
     model = AutoencoderKL.from_pretrained(tiny_encoders.vae, subfolder="vae")
@@ -43,7 +49,7 @@ def vae(tiny_encoders) -> VaeEncoder:
 
 
 def test_latents_are_diffusers_own(vae: VaeEncoder, tiny_encoders) -> None:
-    latents_BChw = vae.encode(images(3), noise(3))
+    latents_BChw = sampled(vae, images(3), noise(3))
     assert latents_BChw.shape == (3, 4, 8, 8)
     assert latents_BChw.dtype == torch.float32
     plain_BChw = plainly_encoded(tiny_encoders.vae, images(3), noise(3))
@@ -52,26 +58,60 @@ def test_latents_are_diffusers_own(vae: VaeEncoder, tiny_encoders) -> None:
 
 def test_the_shift_comes_before_the_scale(tiny_encoders, tmp_path: Path) -> None:
     folder = rewritten(tiny_encoders, tmp_path, shift_factor=0.5, scaling_factor=2.0)
-    latents_BChw = VaeEncoder.load(str(folder), "", CPU, torch.float32).encode(images(2), noise(2))
+    latents_BChw = sampled(VaeEncoder.load(str(folder), "", CPU, torch.float32), images(2), noise(2))
     plain_BChw = plainly_encoded(folder, images(2), noise(2))
     torch.testing.assert_close(latents_BChw, (plain_BChw - 0.5) * 2.0, rtol=1e-4, atol=1e-4)
 
 
+def test_sixteen_channels_without_quantisation_layers(tmp_path: Path) -> None:
+    """As the VAEs of SD 3 and FLUX are."""
+    config = {"latent_channels": 16, "shift_factor": 0.0609, "scaling_factor": 1.5305}
+    folder = write_tiny_vae(tmp_path, **config, use_quant_conv=False, use_post_quant_conv=False)
+    vae = VaeEncoder.load(str(folder), "", CPU, torch.float32)
+    assert vae.latent_channels == 16
+    noise_BChw = torch.stack([posterior_noise(0, str(i), 64, 16) for i in range(2)])
+    latents_BChw = sampled(vae, images(2), noise_BChw)
+    assert latents_BChw.shape == (2, 16, 8, 8)
+    plain_BChw = plainly_encoded(folder, images(2), noise_BChw)
+    torch.testing.assert_close(latents_BChw, (plain_BChw - 0.0609) * 1.5305, rtol=1e-4, atol=1e-4)
+
+
+def test_decoding_undoes_shift_and_scale(tiny_encoders, tmp_path: Path) -> None:
+    folder = rewritten(tiny_encoders, tmp_path, shift_factor=0.5, scaling_factor=2.0)
+    vae = VaeEncoder.load(str(folder), "", CPU, torch.float32)
+    mean_BChw, _ = vae.encode(images(2))
+    model = AutoencoderKL.from_pretrained(folder, subfolder="vae").eval()
+    with torch.no_grad():
+        plain_BCHW = model(images(2) / 127.5 - 1, sample_posterior=False).sample
+    difference = vae.decode(mean_BChw).float() - ((plain_BCHW + 1) * 127.5).clamp(0, 255)
+    assert difference.abs().max() <= 0.51
+
+
+@pytest.mark.slow
+def test_a_realistically_sized_model_gives_diffusers_own_latents(tmp_path: Path) -> None:
+    """SDXL's architecture, with attention and random weights."""
+    wide = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "norm_num_groups": 32}
+    folder = write_tiny_vae(tmp_path, **wide, mid_block_add_attention=True)
+    latents_BChw = sampled(VaeEncoder.load(str(folder), "", CPU, torch.float32), images(2), noise(2))
+    plain_BChw = plainly_encoded(folder, images(2), noise(2))
+    torch.testing.assert_close(latents_BChw, plain_BChw * 0.13025, rtol=1e-4, atol=1e-4)
+
+
 def test_a_bare_folder_is_the_same_model(vae: VaeEncoder, tiny_encoders) -> None:
     bare = VaeEncoder.load(str(tiny_encoders.vae / "vae"), "", CPU, torch.float32)
-    assert torch.equal(bare.encode(images(1), noise(1)), vae.encode(images(1), noise(1)))
+    assert torch.equal(bare.encode(images(1))[0], vae.encode(images(1))[0])
 
 
 def test_the_batch_does_not_move_a_sample(vae: VaeEncoder) -> None:
-    together = vae.encode(images(5), noise(5))
-    alone = torch.cat([vae.encode(images(5)[i : i + 1], noise(5)[i : i + 1]) for i in range(5)])
+    together = sampled(vae, images(5), noise(5))
+    alone = torch.cat([sampled(vae, images(5)[i : i + 1], noise(5)[i : i + 1]) for i in range(5)])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_is_near_float32(vae: VaeEncoder, tiny_encoders) -> None:
     half = VaeEncoder.load(str(tiny_encoders.vae), "", CPU, torch.bfloat16)
-    error = (half.encode(images(2), noise(2)) - vae.encode(images(2), noise(2))).norm()
-    assert 0 < error / vae.encode(images(2), noise(2)).norm() < 0.02
+    full = sampled(vae, images(2), noise(2))
+    assert 0 < (sampled(half, images(2), noise(2)) - full).norm() / full.norm() < 0.02
 
 
 def test_float16_is_refused_where_it_overflows(tiny_encoders, tmp_path: Path) -> None:
@@ -107,21 +147,26 @@ def test_a_folder_without_a_vae_is_named(tmp_path: Path) -> None:
         VaeEncoder.load(str(tmp_path), "", CPU, torch.float32)
 
 
+@pytest.mark.parametrize("pipeline", [True, False], ids=["pipeline", "VAE alone"])
 def test_a_repository_is_read_at_its_commit(
-    vae: VaeEncoder, tiny_encoders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vae: VaeEncoder, tiny_encoders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipeline: bool
 ) -> None:
     """Offline, from a Hub cache with two commits, of which `main` is the wrong one."""
     commit = "1" * 40
     repo = tmp_path / "models--org--name"
-    (repo / "snapshots" / commit).mkdir(parents=True)
-    (repo / "snapshots" / commit / "vae").symlink_to(tiny_encoders.vae / "vae")
+    right = repo / "snapshots" / commit
+    right.parent.mkdir(parents=True)
+    if pipeline:
+        right.mkdir()
+        right = right / "vae"
+    right.symlink_to(tiny_encoders.vae / "vae")
     rewritten(tiny_encoders, repo / "snapshots" / ("2" * 40), scaling_factor=9.0)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("2" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     pinned = VaeEncoder.load("org/name", commit, CPU, torch.float32)
-    assert torch.equal(pinned.encode(images(1), noise(1)), vae.encode(images(1), noise(1)))
+    assert torch.equal(pinned.encode(images(1))[0], vae.encode(images(1))[0])
 
 
 def test_noise_follows_from_seed_key_and_resolution_alone() -> None:

@@ -22,12 +22,18 @@ def array_of(key: str, column: str, shape: tuple[int, ...], dtype: str = "float1
 
 
 def metadata(
-    caption: tuple[int, ...] = CAPTION, images: Mapping[int, tuple[int, ...]] = IMAGES, dtype: str = "float16"
+    caption: tuple[int, ...] = CAPTION,
+    images: Mapping[int, tuple[int, ...]] = IMAGES,
+    dtype: str = "float16",
+    latent_mode: str = "sample",
+    caption_length: int | None = None,
 ) -> dict[str, Any]:
+    """What a merged index says; the length of captions is no part of it."""
     return {
         "caption_latents": list(caption),
         "image_latents": {str(px): list(shape) for px, shape in images.items()},
         "dtype": dtype,
+        "latent_mode": latent_mode,
     }
 
 
@@ -38,16 +44,26 @@ def write_archive(
     caption: tuple[int, ...] = CAPTION,
     images: Mapping[int, tuple[int, ...]] = IMAGES,
     dtype: str = "float16",
+    latent_mode: str = "sample",
+    caption_length: int | None = None,
 ) -> list[str]:
-    """Write one archive's shards; returns its keys."""
+    """Write one archive's shards; returns its keys. `caption_length` is that of every caption, None for no column.
+
+    Moments are written like any array, but for their second half, which is positive.
+    """
     keys = [f"{directory.parent.parent.name}/{directory.name}/{n}" for n in range(count)]
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with ShardWriter(directory, latents_columns(tuple(images), save_images=False)) as writer:
+    with ShardWriter(directory, latents_columns(tuple(images), False, caption_length is not None)) as writer:
         for key in keys:
             row: dict[str, Any] = {"key": key, "caption": f"a caption of {key}", "width": 300, "height": 256}
             row["caption_latents"] = array_of(key, "caption_latents", caption, dtype).tobytes()
             for px, shape in images.items():
-                row[latents_column(px)] = array_of(key, latents_column(px), shape, dtype).tobytes()
+                array = array_of(key, latents_column(px), shape, dtype)
+                if latent_mode == "moments":
+                    array[shape[0] // 2 :] = abs(array[shape[0] // 2 :])
+                row[latents_column(px)] = array.tobytes()
+            if caption_length is not None:
+                row["caption_length"] = caption_length
             writer.write(row)
     return keys
 

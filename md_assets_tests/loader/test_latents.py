@@ -12,6 +12,8 @@ from md_assets.loader import LatentsLayout, LatentsStream, build_latents_dataloa
 from md_assets.storage.mds import ShardError
 from md_assets_tests.loader.made_latents import CAPTION, IMAGES, array_of, make_latents, metadata, write_ledger
 
+pytestmark = pytest.mark.shares_memory
+
 REAL_SHAPES: dict[str, Any] = {"caption": (1, 7, 16), "images": {256: (4, 32, 32), 512: (4, 64, 64)}}
 
 
@@ -73,6 +75,39 @@ def test_shapes_and_dtype_come_from_metadata(tmp_path: Path, dtype: str) -> None
             assert np.array_equal(batch["image_latents"][n].numpy(), array_of(key, "latents_256", IMAGES[256], dtype))
             assert np.array_equal(batch["caption_latents"][n].numpy(), array_of(key, "caption_latents", CAPTION, dtype))
             assert batch["image_latents"].numpy().dtype == dtype
+
+
+def test_of_moments_a_sample_is_drawn_anew_in_each_epoch(tmp_path: Path) -> None:
+    directory = make_latents(tmp_path, "jdb", (200,), latent_mode="moments", dtype="float32")
+    channels = IMAGES[256][0] // 2
+
+    def epochs(**options: Any) -> list[dict[str, torch.Tensor]]:
+        loader = build_latents_dataloader(directory, batch_size=20, with_keys=True, **options)
+        return [dict(pair for b in loader for pair in zip(b["key"], b["image_latents"], strict=True)) for _ in "12"]
+
+    first, second = epochs(num_workers=0)
+    assert len(first) == len(second) == 200
+    noise = []
+    for key, sample in first.items():
+        mean, std = np.split(array_of(key, "latents_256", IMAGES[256], "float32"), 2)
+        assert sample.shape == mean.shape == (channels, *IMAGES[256][1:])
+        noise.append((sample.numpy() - mean) / np.abs(std))
+        assert not torch.equal(sample, second[key])
+    assert abs(np.mean(noise)) < 0.05
+    assert abs(np.std(noise) - 1) < 0.05
+    again = epochs(num_workers=2, shuffle=False)
+    assert all(
+        torch.equal(again[epoch][key], sample) for epoch in (0, 1) for key, sample in (first, second)[epoch].items()
+    )
+
+
+def test_a_mask_tells_padding_where_the_text_encoder_masked_it(tmp_path: Path) -> None:
+    loader = build_latents_dataloader(
+        make_latents(tmp_path, "jdb", (2,), caption_length=2), batch_size=2, num_workers=0
+    )
+    (batch,) = loader
+    assert batch["caption_mask"].tolist() == [[True, True, False]] * 2
+    assert batch["caption_latents"].shape == (2, *CAPTION)
 
 
 def test_a_single_archive_and_foreign_latents_are_read_too(tmp_path: Path) -> None:

@@ -91,6 +91,8 @@ def test_directories_of_the_same_encoders_agree_though_they_have_other_sizes(tmp
         ({"caption": (1, 2, 4)}, r"caption latents \(1, 3, 4\) and \(1, 2, 4\)"),
         ({"images": {256: (16, 4, 4)}}, r"256 px latents \(2, 4, 4\) and \(16, 4, 4\)"),
         ({"dtype": "float32"}, "dtype float16 and float32"),
+        ({"latent_mode": "mean"}, "latent_mode sample and mean"),
+        ({"caption_length": 2}, "caption_length False and True"),
     ],
 )
 def test_directories_that_differ_are_both_named(tmp_path: Path, other: dict, difference: str) -> None:
@@ -129,3 +131,5 @@ def test_a_layout_has_shapes_of_three_positive_numbers(shape: tuple) -> None:
 def test_a_layout_of_another_dtype_is_refused() -> None:
     with pytest.raises(SettingsError, match="bfloat16"):
         LatentsLayout(CAPTION, IMAGES, "bfloat16")
+    with pytest.raises(SettingsError, match="latent_mode 'median' is unknown"):
+        LatentsLayout(CAPTION, IMAGES, latent_mode="median")

@@ -30,7 +30,10 @@ def test_several_processes_are_started_by_torchrun_and_one_is_not() -> None:
 @pytest.mark.slow
 def test_two_processes_give_the_rows_of_one(platform: Platform) -> None:
     platform.up_to("mds", "train/000", "train/001")
-    assert platform.run("jdb/latents", "train/000", "train/001", encoders={"num_processes": 2}).success
+    result = platform.run("jdb/latents", "train/000", "train/001", encoders={"num_processes": 2})
+    assert result.success, failure_of(result)
+    pictures = [m.metadata["crop_and_decoded"].value for m in result.asset_materializations_for_node("jdb__latents")]
+    assert [str(picture).count("](data:image/jpeg;base64,") for picture in pictures] == [1, 1]
     two = {a: list(iter_rows(platform.dir("latents").data(a))) for a in ("train/000", "train/001")}
 
     for archive in two:

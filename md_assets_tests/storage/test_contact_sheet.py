@@ -17,6 +17,7 @@ from md_assets.storage.contact_sheet import (
     THUMBNAIL_PX,
     image_sheet,
     latents_sheet,
+    pictures_sheet,
 )
 
 SIXTEEN = COLUMNS * ROWS
@@ -55,7 +56,16 @@ def test_there_are_sixteen() -> None:
 
 
 def test_nothing_gives_no_sheet() -> None:
-    assert image_sheet([]) is None and latents_sheet([]) is None
+    assert image_sheet([]) is None and latents_sheet([]) is None and pictures_sheet([]) is None
+
+
+def test_pictures_of_any_size_lie_row_by_row() -> None:
+    colours = [(255, 0, 0), (0, 160, 0), (0, 0, 255), (128, 128, 128), (255, 255, 0)]
+    sheet = decoded(
+        pictures_sheet([np.full((64 * (1 + i), 64 * (1 + i), 3), c, np.uint8) for i, c in enumerate(colours)])
+    )
+    assert sheet.size == (COLUMNS * THUMBNAIL_PX, 2 * THUMBNAIL_PX)
+    assert all(is_near(found, colour) for found, colour in zip(middles(sheet), colours, strict=False))
 
 
 @pytest.mark.parametrize("count", [1, COLUMNS - 1, COLUMNS, COLUMNS + 1, SIXTEEN, SIXTEEN + 5])

@@ -11,7 +11,7 @@ import pytest
 from md_assets.core.errors import SettingsError, SourceError
 from md_assets.demo.loopback_hub import LoopbackHub
 from md_assets.storage.hub import HubClient
-from md_assets.storage.models import text_encoder_revision, vae_revision
+from md_assets.storage.models import subfolder_of, text_encoder_revision, vae_revision
 from md_assets.storage.retry import TransferPolicy
 
 
@@ -135,7 +135,7 @@ def test_a_repository_has_its_commit(hub: LoopbackHub, client: HubClient) -> Non
     ],
 )
 def test_a_text_encoder_that_is_not_understood(text_encoder: str, client: HubClient) -> None:
-    with pytest.raises(SettingsError, match=r"is not understood.*openclip:hf-hub:ORG/NAME"):
+    with pytest.raises(SettingsError, match=r"is not understood.*openclip:hf-hub:ORG/NAME.*CLIP or T5"):
         text_encoder_revision(text_encoder, client)
 
 
@@ -147,7 +147,44 @@ def test_a_folder_that_does_not_exist_is_not_looked_for_on_the_hub(
         vae_revision(path, client)
     with pytest.raises(SettingsError, match=r"folder .* does not exist"):
         text_encoder_revision(f"openclip:local-dir:{path}", client)
+    with pytest.raises(SettingsError, match=r"folder .* does not exist"):
+        text_encoder_revision(path, client)
     assert not hub.requests
+
+
+def test_of_a_pipeline_only_text_encoder_and_tokenizer_count(tmp_path: Path, client: HubClient) -> None:
+    for part in ("text_encoder", "tokenizer", "vae"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(part)
+    seen = [text_encoder_revision(str(tmp_path), client)]
+    for part in ("vae", "tokenizer", "text_encoder"):
+        (tmp_path / part / "config.json").write_text("other")
+        seen.append(text_encoder_revision(str(tmp_path), client))
+    assert seen[0] == seen[1]
+    assert len(set(seen)) == 3
+
+
+def test_a_text_encoder_of_transformers_has_its_revision(hub: LoopbackHub, folder: Path, client: HubClient) -> None:
+    on_hub = text_encoder_revision("org/encoder", client)
+    assert on_hub == text_encoder_revision("openclip:hf-hub:org/encoder", client)
+    assert text_encoder_revision(str(folder), client) == text_encoder_revision(openclip(folder), client)
+
+
+def test_a_part_lies_in_its_subfolder_or_the_model_is_the_part(
+    folder: Path, hub: LoopbackHub, client: HubClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert subfolder_of(str(folder), "vae", "") == "vae"
+    assert subfolder_of(str(folder / "vae"), "vae", "") == ""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            target = hub.repositories.root / "models" / "org" / "pipeline" / file.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, target)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    assert subfolder_of("org/pipeline", "vae", vae_revision("org/pipeline", client)) == "vae"
+    assert subfolder_of("org/encoder", "vae", vae_revision("org/encoder", client)) == ""
 
 
 def test_a_repository_that_does_not_exist_is_named(client: HubClient) -> None:

@@ -1,0 +1,101 @@
+"""The round trip: stored latents decoded again, stored caption states computed again, for a few rows of an archive.
+
+It is made where the models are loaded anyway, from the bytes as they lie on disk, and it is what tells latents of the
+right image from finite numbers of the right shape.
+
+Here: the numbers and the picture. Not here: which rows, and what is made of the numbers (`stages.latents`,
+`stages.verify`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from md_assets.core.schema import latents_column
+from md_assets.encoders.batches import crops_of
+from md_assets.encoders.bundle import Encoders
+from md_assets.storage.contact_sheet import pictures_sheet
+
+MAX_PSNR_DB = 99.0
+"""Said of equal pictures, whose PSNR is infinite; JSON has no word for that."""
+
+
+@dataclass(frozen=True)
+class RoundTrip:
+    """What came back.
+
+    Attributes:
+        facts: for the ledger's details: `keys` of the rows; `psnr_db`, resolution in px -> of each decoded picture
+            against its centre crop; `caption_error`, of each caption's states h stored and h' computed again:
+            ‖h - h'‖ / ‖h'‖. Or `skipped`, why there is none.
+        picture: data URI of crops and, to the right of each, what was decoded; at the highest resolution.
+    """
+
+    facts: dict[str, Any]
+    picture: str | None
+
+
+def round_trip(encoders: Encoders, stored: Sequence[Mapping[str, Any]], jpegs: Sequence[bytes]) -> RoundTrip:
+    """Decode a few rows and encode their captions again.
+
+    Args:
+        encoders: that made them.
+        stored: rows of the latents.
+        jpegs: the image of each.
+    """
+    if not stored:
+        return RoundTrip({}, None)
+    resolutions_px = encoders.settings.image_resolutions
+    keys = [row["key"] for row in stored]
+    crops = [crops_of(key, jpeg, resolutions_px) for key, jpeg in zip(keys, jpegs, strict=True)]
+    try:
+        decoded, again_BLD = _back(encoders, stored)
+    except torch.cuda.OutOfMemoryError:  # beside the batches that are on their way there may be no room for it
+        return RoundTrip({"skipped": "out of memory"}, None)
+    psnr_db: dict[str, list[float]] = {}
+    pictures: list[np.ndarray] = []
+    for px in resolutions_px:
+        pairs = [(crop[px].permute(1, 2, 0).numpy(), back) for crop, back in zip(crops, decoded[px], strict=True)]
+        psnr_db[str(px)] = [_psnr_db(*pair) for pair in pairs]
+        pictures = [picture for pair in pairs for picture in pair]
+    stored_BLD = _array(encoders, stored, "caption_latents").float().reshape(again_BLD.shape)
+    error_B = (stored_BLD - again_BLD).flatten(1).norm(dim=1) / again_BLD.flatten(1).norm(dim=1)
+    caption_error = [round(error, 6) for error in error_B.tolist()]
+    return RoundTrip({"keys": keys, "psnr_db": psnr_db, "caption_error": caption_error}, pictures_sheet(pictures))
+
+
+def _back(encoders: Encoders, stored: Sequence[Mapping[str, Any]]) -> tuple[dict[int, list[np.ndarray]], torch.Tensor]:
+    """Resolution in px -> decoded pictures (H×W×C); and the captions' states, float32.
+
+    The models are asked for everything before anything is waited for, as encoding goes on meanwhile.
+    """
+    shapes, channels = encoders.layout()["image_latents"], encoders.vae.latent_channels
+    latents = {
+        px: _array(encoders, stored, latents_column(px))
+        .reshape(len(stored), *shapes[str(px)])[:, :channels]
+        .to(encoders.device)
+        for px in encoders.settings.image_resolutions
+    }
+    tokens = encoders.text.tokenize([row["caption"] for row in stored])
+    with encoders.models_lock:
+        decoded_BCHW = {px: encoders.vae.decode(latents_BChw) for px, latents_BChw in latents.items()}
+        again_BLD = encoders.text.encode(tokens).float()
+    decoded = {px: list(images.permute(0, 2, 3, 1).cpu().numpy()) for px, images in decoded_BCHW.items()}
+    return decoded, again_BLD.cpu()
+
+
+def _array(encoders: Encoders, stored: Sequence[Mapping[str, Any]], column: str) -> torch.Tensor:
+    """One row for each; any shape beside that."""
+    data = bytearray(b"".join(row[column] for row in stored))
+    return torch.from_numpy(np.frombuffer(data, encoders.settings.save_dtype)).reshape(len(stored), -1)
+
+
+def _psnr_db(one_HWC: np.ndarray, other_HWC: np.ndarray) -> float:
+    squared = float(((one_HWC.astype(np.float32) - other_HWC.astype(np.float32)) ** 2).mean())
+    return round(min(10 * math.log10(255**2 / squared), MAX_PSNR_DB), 2) if squared else MAX_PSNR_DB
