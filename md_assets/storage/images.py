@@ -1,7 +1,8 @@
 """One image: from whatever upstream stores to the JPEG that the datasets keep.
 
 Here: the rules for a sample's pixels (upright, on white, 8-bit sRGB, smaller edge at most `max_image_size`,
-original bytes wherever they already satisfy that). Not here: which process does it (`storage.image_pool`).
+original bytes wherever they already satisfy that). Not here: which process does it (`storage.image_pool`); why these
+libraries, see docs/decisions/008.
 """
 
 from __future__ import annotations
@@ -13,10 +14,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageCms
 
 from md_assets.core.ledger import Reason
 from md_assets.core.settings import ImageSettings
+
+try:
+    import cykooz_resizer
+
+    SIMD_RESIZE = True
+except ImportError:
+    SIMD_RESIZE = False
+"""Whether cykooz.resizer is there. It has wheels for x86-64 only; elsewhere Pillow resizes, which takes longer."""
+
+CODECS = ("pillow", "simplejpeg", *(("cykooz.resizer",) if SIMD_RESIZE else ()))
+"""Packages whose versions decide the stored bytes."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO")
 """Formats that are decoded, by Pillow's names. Others (PostScript, PDF, fonts ...) are risky and never occur."""
@@ -37,15 +50,25 @@ _UPRIGHT: Mapping[int, Image.Transpose] = {
 
 _SWAP_EDGES = tuple(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
 
-_REDUCING_GAP = 2
+_LEAST_GAP = 2
 """How many times the target a DCT-reduced picture must at least measure. Reduced all the way, the picture is not the
 bicubic one any more: on a photograph-like spectrum that costs 0.4 to 2 dB of PSNR, at a gap of 2 less than 0.1."""
 
+_REDUCTIONS = (8, 4, 2)
+"""How many times smaller libjpeg decodes at little cost; it knows other ratios, but slowly."""
+
+_JPEG_MODES = {"RGB": ("RGB", ("YCbCr", "RGB")), "L": ("GRAY", ("Gray",))}
+"""Pillow's mode of an ordinary JPEG -> what simplejpeg decodes it to, and what it must find in it."""
+
+_PIXEL_TYPES = {"L": "U8", "RGB": "U8x3", "CMYK": "U8x4"}
+"""Modes that are resized, and what cykooz_resizer calls them."""
+
+_LOST = ("remature end", "bad Huffman code", "bad arithmetic code", "instead of RST")
+"""Signs in libjpeg's warnings (jerror.h) that a part of the picture is gone. Others (bytes too many before a marker, an
+odd Adobe or JFIF version) come with pictures that are whole."""
+
 _JPEG_MAX_EDGE = 65_500
 """JPEG_MAX_DIMENSION of libjpeg's jmorecfg.h, in px."""
-
-_VERIFY_SCALE = 8
-"""libjpeg's coarsest DCT scale. It reads every entropy-coded byte, so it finds a truncation like a full decode."""
 
 ToSrgb = Callable[[Image.Image], Image.Image | None]
 """Converts a picture to sRGB; None where the picture's mode does not fit the profile."""
@@ -94,7 +117,8 @@ def prepare_image(data: bytes, settings: ImageSettings) -> StoredImage | str:
     Returns: what to store, or the reason (`core.ledger.Reason`) for which it is rejected. Size limits are
         judged by the header, so nothing of a too large image is decoded.
 
-    May be repeated: the same bytes and settings give the same result.
+    May be repeated: the same bytes and settings give the same result, with the same libraries on the same type of
+    processor; on another one (other vector instructions) levels may differ by rounding.
     """
     try:
         with warnings.catch_warnings():
@@ -118,19 +142,26 @@ def _prepare(data: bytes, settings: ImageSettings) -> StoredImage | str:
             return Reason.TOO_LARGE
         source_format = image.format or ""
         if target == image.size and _is_plain_jpeg(image):
-            image.draft(image.mode, (max(width // _VERIFY_SCALE, 1), max(height // _VERIFY_SCALE, 1)))
-            image.load()
+            # The coarsest reduction reads every entropy-coded byte, so it finds what a full decode finds.
+            decode(data, image, (1, 1))
             return StoredImage(data, width, height, width, height, source_format, original=True)
-        picture = _converted(image, target)
+        least = (target[0] * _LEAST_GAP, target[1] * _LEAST_GAP)
+        picture = _in_srgb(_resized(decode(data, image, least), target), image)
         # Asked for after loading: Pillow turns a TIFF while it loads it, and finds a PNG's Exif behind the pixels.
         operation = _UPRIGHT.get(_orientation(image))
     if operation is not None:
         picture = picture.transpose(operation)
+    source = (height, width) if operation in _SWAP_EDGES else (width, height)
+    jpeg = encode_jpeg(picture, settings.jpeg_quality)
+    return StoredImage(jpeg, *picture.size, *source, source_format, original=False)
+
+
+def encode_jpeg(picture: Image.Image, quality: int) -> bytes:
+    """A picture as JPEG with chroma of half the width and height (4:2:0), Pillow's default; nothing but pixels."""
     picture.info = {}  # Pillow would write upstream's comment into the JPEG, and fail on a long one
     encoded = io.BytesIO()
-    picture.save(encoded, "JPEG", quality=settings.jpeg_quality)
-    source = (height, width) if operation in _SWAP_EDGES else (width, height)
-    return StoredImage(encoded.getvalue(), *picture.size, *source, source_format, original=False)
+    picture.save(encoded, "JPEG", quality=quality)
+    return encoded.getvalue()
 
 
 def _orientation(image: Image.Image) -> int:
@@ -149,25 +180,107 @@ def _is_plain_jpeg(image: Image.Image) -> bool:
     )
 
 
-def _converted(image: Image.Image, target: tuple[int, int]) -> Image.Image:
-    """8-bit sRGB pixels at `target` size (width, height in px), not yet turned upright."""
-    # Decoding at a reduced DCT scale: a good part of the resize for free.
-    image.draft(image.mode, (target[0] * _REDUCING_GAP, target[1] * _REDUCING_GAP))
+@dataclass(frozen=True)
+class Decoded:
+    """Pixels on white, in the colours of their file.
+
+    Attributes:
+        mode: L, RGB or CMYK.
+        size: width and height in px.
+        extent: how much of width and height is picture: the last column and row of a reduced JPEG may stand for less
+            than a whole pixel.
+        pixels: row by row, 8 bits a level.
+    """
+
+    mode: str
+    size: tuple[int, int]
+    extent: tuple[float, float]
+    pixels: bytes
+
+
+def decode(data: bytes, image: Image.Image, least: tuple[int, int]) -> Decoded:
+    """An image, if it is a JPEG at the coarsest DCT reduction that leaves `least`.
+
+    Args:
+        data: the encoded image.
+        image: the same, opened but not loaded.
+        least: width and height in px.
+
+    Raises:
+        Exception: any, of a decoder that finds it damaged or of a mode that cannot be converted.
+    """
+    decoded = _decode_jpeg(data, image, least)
+    if decoded is not None:
+        return decoded
+    reduced = image.draft(image.mode, least)
     image.load()
-    to_srgb = _to_srgb(image)
     picture = _eight_bit(image)
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
         picture = _on_white(picture)
-    # Resizing comes before the colour conversion: both take their time by the pixel.
-    if picture.mode not in ("RGB", "L", "CMYK"):
+    if picture.mode not in _PIXEL_TYPES:
         picture = picture.convert("RGB")
-    if picture.size != target:
-        picture = picture.resize(target, Image.Resampling.BICUBIC)
-    if to_srgb is not None:
-        converted = to_srgb(picture)
-        if converted is not None:
-            return converted
-    return picture.convert("RGB")
+    extent = reduced[1][2:] if reduced else picture.size
+    return Decoded(picture.mode, picture.size, extent, picture.tobytes())
+
+
+def _decode_jpeg(data: bytes, image: Image.Image, least: tuple[int, int]) -> Decoded | None:
+    """`decode` of an ordinary JPEG, faster and stricter; None for what Pillow has to decode and to judge."""
+    if image.format != "JPEG" or image.mode not in _JPEG_MODES:
+        return None
+    decoded_as, stored_as = _JPEG_MODES[image.mode]
+    width, height = image.size
+    by = next((by for by in _REDUCTIONS if width >= by * least[0] and height >= by * least[1]), 1)
+    size = (-(-width // by), -(-height // by))
+    try:
+        found_height, found_width, found_as, _ = simplejpeg.decode_jpeg_header(data)
+        if (found_width, found_height) != image.size or found_as not in stored_as:
+            return None
+        pixels_HWC = simplejpeg.decode_jpeg(
+            data,
+            decoded_as,
+            # Chroma of half the size need not be interpolated for a picture that gets half as large or smaller.
+            fastupsample=width >= least[0] and height >= least[1],
+            min_width=size[0],
+            min_height=size[1],
+        )
+    except ValueError as error:
+        if any(sign in str(error) for sign in _LOST):
+            raise
+        return None
+    if pixels_HWC.shape[:2] != size[::-1]:
+        return None
+    return Decoded(image.mode, size, (width / by, height / by), pixels_HWC.tobytes())
+
+
+def _resized(picture: Decoded, target: tuple[int, int]) -> Image.Image:
+    """The picture at `target` size (width, height in px), antialiased bicubic.
+
+    cykooz.resizer's Catmull-Rom filter is Pillow's bicubic one; both are 57 dB from the exact result, by rounding.
+    """
+    if picture.size == target:
+        return Image.frombytes(picture.mode, target, picture.pixels)
+    if not SIMD_RESIZE:
+        whole = Image.frombytes(picture.mode, picture.size, picture.pixels)
+        return whole.resize(target, Image.Resampling.BICUBIC, (0, 0, *picture.extent))
+    pixel_type = cykooz_resizer.PixelType[_PIXEL_TYPES[picture.mode]]
+    source = cykooz_resizer.ImageData(*picture.size, pixel_type, picture.pixels)
+    resized = cykooz_resizer.ImageData(*target, pixel_type)
+    options = cykooz_resizer.ResizeOptions(
+        cykooz_resizer.ResizeAlg.convolution(cykooz_resizer.FilterType.catmull_rom),
+        use_alpha=False,  # the fourth channel is ink
+        crop_box=cykooz_resizer.CropBox(0, 0, *picture.extent),
+    )
+    cykooz_resizer.Resizer().resize(source, resized, options)
+    return Image.frombytes(picture.mode, target, resized.get_buffer())
+
+
+def _in_srgb(picture: Image.Image, image: Image.Image) -> Image.Image:
+    """The picture converted as the profile of `image` asks. After resizing: both take their time by the pixel."""
+    to_srgb = _to_srgb(image)
+    converted = to_srgb(picture) if to_srgb else None
+    if converted is None:
+        converted = picture if picture.mode == "RGB" else picture.convert("RGB")
+    return converted
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

@@ -21,7 +21,8 @@ from md_assets.core.errors import MdAssetsError
 from md_assets.core.ledger import OutputFile
 from md_assets.storage.images import StoredImage
 
-_BUFFER_BYTES = 1 << 20
+_BUFFER_BYTES = 1 << 17
+"""tarfile copies its whole buffer whenever something is added to it or taken from it, so a larger one costs time."""
 
 
 @dataclass(frozen=True)

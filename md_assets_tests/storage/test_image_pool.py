@@ -19,7 +19,8 @@ from md_assets.core.errors import MdAssetsError
 from md_assets.core.settings import ImageSettings
 from md_assets.core.spec import Rejected, Sample
 from md_assets.storage import image_pool
-from md_assets.storage.image_pool import IMAGES_IN_FLIGHT_PER_WORKER, ImagePool, Prepared
+from md_assets.storage.image_pool import BATCH_IMAGES, BATCHES_IN_FLIGHT_PER_WORKER, ImagePool, Prepared
+from md_assets_tests.storage.made_images import encoded, photo
 
 SETTINGS = ImageSettings(min_image_size=32, max_image_size=48)
 
@@ -102,17 +103,18 @@ def test_the_source_is_read_only_a_little_ahead(pool: ImagePool) -> None:
 
     def samples() -> Iterator[Sample]:
         nonlocal taken
-        for number in range(60):
+        for number in range(96):
             taken += 1
             yield sample(number + 100)
 
     ahead = [taken - done for done, _ in enumerate(pool.prepare(samples(), SETTINGS))]
-    assert max(ahead) == IMAGES_IN_FLIGHT_PER_WORKER * 2 + 1 and taken == 60
+    assert max(ahead) == BATCH_IMAGES * (BATCHES_IN_FLIGHT_PER_WORKER * 2 + 1) and taken == 96
 
 
 def test_large_images_wait_outside(pool: ImagePool, monkeypatch: pytest.MonkeyPatch) -> None:
     large = [sample(number + 100) for number in range(12)]
     monkeypatch.setattr(image_pool, "BYTES_IN_FLIGHT", 2 * len(large[0].image))
+    monkeypatch.setattr(image_pool, "BATCH_BYTES", len(large[0].image) // 2)
     taken = 0
 
     def samples() -> Iterator[Sample]:
@@ -141,8 +143,35 @@ def test_whoever_stops_early_leaves_a_working_pool(pool: ImagePool) -> None:
     assert len(list(pool.prepare(SAMPLES, SETTINGS))) == len(SAMPLES)
 
 
+def test_images_are_handed_over_several_at_a_time_but_no_more_than_a_megabyte(
+    pool: ImagePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handed = []
+    submit = pool._submit
+    monkeypatch.setattr(pool, "_submit", lambda batch, *a, **k: (handed.append(len(batch)), submit(batch, *a, **k))[1])
+    megabyte = Sample("train/000/large", bytes(2**20))
+    small = [sample(number + 100) for number in range(3)]
+    assert len(list(pool.prepare([*small * 6, *SAMPLES[5:7], megabyte, megabyte, *small], SETTINGS))) == 25
+    assert handed == [8, 8, 5, 1, 3]
+
+
+def test_a_worker_uses_its_memory_again() -> None:
+    """Megabytes for every picture, but hardly a page of them is new."""
+    large = Sample("train/000/large", encoded(photo(1024, 1024), "JPEG"))
+    with ImagePool(1) as pool:
+
+        def faults(images: int) -> int:
+            assert len(list(pool.prepare([large] * images, ImageSettings()))) == images
+            (worker,) = worker_pids(pool)
+            return int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[7])
+
+        before = faults(images=12)
+        assert faults(images=12) - before < 12 * 100
+
+
 @pytest.mark.slow
-def test_a_killed_worker_names_the_samples_and_the_next_archive_works() -> None:
+def test_a_killed_worker_names_the_samples_and_the_next_archive_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_pool, "BATCH_IMAGES", 2)
     with ImagePool(1) as pool:
         list(pool.prepare(SAMPLES[:1], SETTINGS))
         (worker,) = worker_pids(pool)
