@@ -9,7 +9,7 @@ SYSTEM_PACKAGES := chromium postgresql
 TEST_PROCESSES := 2# at a time; most tests wait for processes that they start, and some of these need a core each
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-ui check lint types layers test test-fast chromium system-packages constraints tables clean
+.PHONY: help venv demo demo-ui check lint types layers test test-fast test-programs system-packages constraints tables clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,17 +34,17 @@ types: $(STAMP) ## mypy
 layers: $(STAMP) ## import-linter: who may import whom
 	$(BIN)/lint-imports
 
-test: $(STAMP) chromium ## the whole suite; ARGS='-k word' for a part of it
+test: $(STAMP) test-programs ## the whole suite; ARGS='-k word' for a part of it
 	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 test-fast: $(STAMP) ## without process kills, browsers, environments and whole pipelines
 	$(BIN)/pytest -m "not slow" $(ARGS)
 
-# Without a browser its tests are skipped with a reason, except in CI, where they fail.
-chromium:
-	@command -v chromium >/dev/null && exit 0; \
+# Without them their tests are skipped with a reason, except in CI, where they fail. Debian keeps initdb off the PATH.
+test-programs:
+	@command -v chromium >/dev/null && ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 && exit 0; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && $(MAKE) --no-print-directory system-packages; then :; \
-	else echo "chromium is missing: browser tests will be skipped (make system-packages, as root, installs it)"; fi
+	else echo "Tests without their programs will be skipped (make system-packages, as root: $(SYSTEM_PACKAGES))"; fi
 
 system-packages: ## what the tests need from Debian, by apt-get; as root
 	apt-get update -q

@@ -8,7 +8,12 @@ import warnings
 import dagster as dg
 
 from md_assets.datasets import all_specs
+from md_assets.orchestration.alerts import alert_failed_checks, alert_failed_runs
+from md_assets.orchestration.audit import audit_sensor
+from md_assets.orchestration.jobs import prune_job
+from md_assets.orchestration.refresh import refresh_schedules
 from md_assets.orchestration.resources import EncodersResource, HubResource, ImagesResource
+from md_assets.orchestration.small_jobs import small_job
 
 # Partitioned checks are marked preview, observable sources and backfill policies beta; their versions are pinned.
 warnings.filterwarnings("ignore", category=dg.BetaWarning)
@@ -18,6 +23,9 @@ from md_assets.orchestration.assets import dataset_assets  # noqa: E402 (its dec
 
 defs = dg.Definitions(
     assets=[asset for spec in all_specs() for asset in dataset_assets(spec)],
+    jobs=[prune_job, *(small_job(spec) for spec in all_specs() if spec.small)],
+    schedules=refresh_schedules(all_specs()),
+    sensors=[audit_sensor, alert_failed_runs, alert_failed_checks],
     # Steps of a run take turns anyway; a process for each would only cost its start.
     executor=dg.in_process_executor,
     resources={"hub": HubResource(), "images": ImagesResource(), "encoders": EncodersResource()},

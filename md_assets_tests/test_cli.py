@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import pytest
 
 from md_assets import __version__
@@ -48,9 +49,9 @@ def test_status_shows_every_stage(root: DataRoot, capsys: pytest.CaptureFixture[
     text = capsys.readouterr().out
     rows = [line.replace("│", " ").split() for line in text.splitlines()]
     assert rows[0] == ["jdb"]
-    assert [row[:6] for row in rows if row[0] in ("raw", "mds")] == [
-        ["raw", "2", "400", "6", "6", "0"],
-        ["mds", "2", "400", "6", "6", "0"],
+    assert [row[:8] for row in rows if row[0] in ("raw", "mds")] == [
+        ["raw", "2", "0", "0", "398", "6", "6", "0"],
+        ["mds", "0", "2", "0", "398", "6", "6", "0"],  # not made of this raw
     ]
     assert main(["status", "jdb", "jdb"]) == DONE
     assert capsys.readouterr().out == text
@@ -113,7 +114,7 @@ def test_no_data_is_wrong_usage(
 
 def test_a_dataset_that_there_is_not_is_wrong_usage(root: DataRoot, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "jbd"]) == WRONG_USAGE
-    assert capsys.readouterr().err == "md-assets: there is no dataset 'jbd'. Choose one of jdb\n"
+    assert capsys.readouterr().err.startswith("md-assets: there is no dataset 'jbd'. Choose one of cc12m, ")
 
 
 def test_a_disk_error_is_one_line(
@@ -125,11 +126,67 @@ def test_a_disk_error_is_one_line(
     assert error.startswith("md-assets: ") and "File name too long" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["unknown"], ["status", "--nonsense"], ["demo", "--port", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["unknown"],
+        ["status", "--nonsense"],
+        ["demo", "--port", "x"],
+        ["backfill", "jdb"],
+        ["backfill", "jdb", "--small", "--all"],
+        ["backfill", "jdb", "--small", "--wait", "--dry-run"],
+    ],
+)
 def test_wrong_arguments_are_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == WRONG_USAGE and "usage: md-assets" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["jbd", "--small"], "there is no dataset 'jbd'"),
+        (["jdb", "--archives", "train/999"], "jdb has no archive 'train/999'"),
+        (["jdb", "--small", "--stages", "raw,png"], "there is no stage 'png'"),
+        (["jdb", "--small"], "DAGSTER_HOME is not set"),
+    ],
+)
+def test_a_backfill_of_what_there_is_not_is_wrong_usage(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
+    assert main(["backfill", *arguments]) == WRONG_USAGE
+    error = capsys.readouterr().err
+    assert error.startswith(f"md-assets: {said}") and error.count("\n") == 1
+
+
+def test_a_backfill_is_launched_unless_it_is_a_dry_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    command = ["backfill", "jdb", "--archives", "train/000,train/001", "--stages", "raw"]
+    planned = "jdb: 2 archives from train/000 to train/001, raw: 1 run if nothing fails"
+
+    assert main([*command, "--dry-run"]) == DONE
+    assert capsys.readouterr().out.splitlines() == [planned, "  jdb/raw: 2 archives in 1 run"]
+    assert main(command) == DONE
+    shown = capsys.readouterr().out.splitlines()
+
+    with dg.DagsterInstance.get() as instance:
+        (backfill,) = instance.get_backfills()
+    assert shown[0] == planned
+    assert f"Dagster's UI shows it at /runs/b/{backfill.backfill_id}" in shown[2]
+    assert shown[3].startswith("no daemon seems to run: start `dagster dev`")
+
+
+def test_nothing_that_failed_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    assert main(["backfill", "jdb", "--failed", "--wait"]) == DONE
+    assert capsys.readouterr().out == "no archive of jdb failed last in raw, mds, latents\n"
 
 
 def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,7 +194,7 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     text = capsys.readouterr().out
     assert caught.value.code == 0
-    assert all(f"\n    {name} " in text for name in ("demo", "status", "verify"))
+    assert all(f"\n    {name} " in text for name in ("demo", "status", "verify", "backfill"))
 
 
 def test_it_is_started_as_a_module() -> None:
@@ -153,7 +210,9 @@ def test_exit_codes_reach_the_shell(root: DataRoot) -> None:
     assert done.stdout.startswith("FAILED jdb/raw train/000 tar_intact: 0 bytes")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["status"], ["status", "--archives"], ["verify"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["status"], ["status", "--archives"], ["status", "--json"], ["verify"]]
+)
 def test_nothing_heavy_is_imported(root: DataRoot, arguments: list[str]) -> None:
     code = (
         "import sys\nfrom md_assets.cli import main\n"

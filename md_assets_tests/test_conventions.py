@@ -47,7 +47,12 @@ STARTED_NOT_IMPORTED = {
 }
 """Declared dependencies that may go without an import in this code."""
 
-IMPORT_NAMES = {"mosaicml-streaming": "streaming", "open-clip-torch": "open_clip", "pillow": "PIL"}
+IMPORT_NAMES = {
+    "beautifulsoup4": "bs4",
+    "mosaicml-streaming": "streaming",
+    "open-clip-torch": "open_clip",
+    "pillow": "PIL",
+}
 
 
 def name(path: Path) -> str:

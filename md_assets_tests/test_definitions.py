@@ -8,94 +8,136 @@ import dagster as dg
 import pytest
 import yaml
 
-from md_assets.datasets.jdb import SPEC
+from md_assets.core.spec import DatasetSpec
+from md_assets.datasets import all_specs
 from md_assets.definitions import defs
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-ARCHIVE_STAGES = ("raw", "mds", "latents")
+SPECS = all_specs()
+each = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.slug)
+
+OF_EVERY_DATASET = {"archive", "raw", "mds", "latents", "mds_index", "latents_index"}
+FURTHER = {
+    "cc12m": {"mds_minres512", "mds_minres512_index", "latents_minres512", "latents_minres512_index"},
+    "coco2014": {"annotations"},
+    "diffdb": {"annotations"},
+    "jdb": {"annotations", "raw_test"},
+    "sa1b": {"annotations"},
+    "textcaps": set(),
+}
+"""Assets that the contract names for some datasets only."""
+
+WITHOUT_PARTITIONS = {"annotations", "raw_test"}
+
+CHECKS = {
+    "raw": {"counts_balance", "tar_intact"},
+    "mds": {"counts_balance", "shards_intact", "audited"},
+    "latents": {"counts_balance", "shards_intact", "latents_valid", "audited"},
+}
 
 
-def specs() -> dict[str, dg.AssetSpec]:
+def assets() -> dict[str, dg.AssetSpec]:
     return {spec.key.to_user_string(): spec for spec in defs.resolve_all_asset_specs()}
 
 
-def test_the_assets_of_jdb_are_those_of_the_contract() -> None:
-    assert set(specs()) == {
-        "jdb/archive",
-        "jdb/annotations",
-        "jdb/raw",
-        "jdb/mds",
-        "jdb/latents",
-        "jdb/mds_index",
-        "jdb/latents_index",
+def stage_names(spec: DatasetSpec) -> list[str]:
+    """Names of the assets that are partitioned by archive and made here, each before what follows it."""
+    subsets = [f"{stage}_{subset.name}" for subset in spec.subsets for stage in ("mds", "latents")]
+    return ["raw", "mds", "latents", *subsets]
+
+
+def test_the_assets_are_those_of_the_contract() -> None:
+    expected = {f"{slug}/{name}" for slug, names in FURTHER.items() for name in OF_EVERY_DATASET | names}
+    assert set(assets()) == expected
+    assert list(FURTHER) == [spec.slug for spec in SPECS]
+
+
+@each
+def test_dependencies(spec: DatasetSpec) -> None:
+    upstream = {
+        key.partition("/")[2]: {dep.asset_key.to_user_string().removeprefix(f"{spec.slug}/") for dep in asset.deps}
+        for key, asset in assets().items()
+        if key.startswith(f"{spec.slug}/")
     }
-
-
-def test_dependencies() -> None:
-    upstream = {key: {dep.asset_key.to_user_string() for dep in spec.deps} for key, spec in specs().items()}
-    assert upstream == {
-        "jdb/archive": set(),
-        "jdb/annotations": set(),
-        "jdb/raw": {"jdb/archive"},
-        "jdb/mds": {"jdb/raw", "jdb/annotations"},
-        "jdb/latents": {"jdb/mds"},
-        "jdb/mds_index": {"jdb/mds"},
-        "jdb/latents_index": {"jdb/latents"},
+    expected = {
+        "archive": set(),
+        "raw": {"archive"},
+        "mds": {"raw", "annotations"} if spec.annotations else {"raw"},
+        "latents": {"mds"},
+        **{name: set() for name in FURTHER[spec.slug] & WITHOUT_PARTITIONS},
+        **{f"{stage}_{subset.name}": {stage} for subset in spec.subsets for stage in ("mds", "latents")},
     }
+    expected |= {f"{name}_index": {name} for name in stage_names(spec) if name != "raw"}
+    assert upstream == expected
 
 
-@pytest.mark.parametrize("name", ["archive", *ARCHIVE_STAGES])
-def test_archives_are_the_partitions(name: str) -> None:
-    partitions = specs()[f"jdb/{name}"].partitions_def
-    assert partitions is not None
-    assert tuple(partitions.get_partition_keys()) == SPEC.archives
-
-
-@pytest.mark.parametrize("name", ["annotations", "mds_index", "latents_index"])
-def test_the_others_have_no_partitions(name: str) -> None:
-    assert specs()[f"jdb/{name}"].partitions_def is None
+@each
+def test_archives_are_the_partitions(spec: DatasetSpec) -> None:
+    for name in ("archive", *stage_names(spec)):
+        partitions = assets()[f"{spec.slug}/{name}"].partitions_def
+        assert partitions is not None
+        assert tuple(partitions.get_partition_keys()) == spec.archives
+    for key, asset in assets().items():
+        if key.endswith("_index") or key.partition("/")[2] in WITHOUT_PARTITIONS:
+            assert asset.partitions_def is None, key
 
 
 def test_every_asset_has_group_kinds_and_description_and_what_we_make_an_owner() -> None:
-    for key, spec in specs().items():
-        assert spec.group_name == key.partition("/")[0]
-        assert spec.kinds, key
-        assert spec.description and len(spec.description) > 60, key
-        assert spec.owners or key.endswith("/archive"), key  # Dagster's observable sources take no owner
+    for key, asset in assets().items():
+        assert asset.group_name == key.partition("/")[0]
+        assert asset.kinds, key
+        assert asset.description and len(asset.description) > 60, key
+        assert asset.owners or key.endswith("/archive"), key  # Dagster's observable sources take no owner
 
 
-def test_the_datasheet_is_what_the_ui_shows() -> None:
+@each
+def test_the_datasheet_is_what_the_ui_shows(spec: DatasetSpec) -> None:
     for name in ("archive", "raw"):
-        assert SPEC.datasheet.strip().splitlines()[0] in (specs()[f"jdb/{name}"].description or "")
+        assert spec.datasheet.strip().splitlines()[0] in (assets()[f"{spec.slug}/{name}"].description or "")
 
 
-def test_backfill_policies_differ_so_that_stages_are_not_fused_into_one_run() -> None:
+def test_what_is_only_fetched_is_described_piece_by_piece() -> None:
+    description = assets()["jdb/raw_test"].description or ""
+    (jdb,) = (spec for spec in SPECS if spec.slug == "jdb")
+    assert jdb.raw_only and all(f"`{extra.name}`: {extra.what}" in description for extra in jdb.raw_only)
+
+
+@each
+def test_backfill_policies_differ_so_that_stages_are_not_fused_into_one_run(spec: DatasetSpec) -> None:
     graph = defs.resolve_asset_graph()
-    sizes = [graph.get(dg.AssetKey(["jdb", stage])).backfill_policy.max_partitions_per_run for stage in ARCHIVE_STAGES]
+    policies = [graph.get(dg.AssetKey([spec.slug, name])).backfill_policy for name in stage_names(spec)]
+    sizes = [policy.max_partitions_per_run if policy else None for policy in policies]
     assert len(set(sizes)) == len(sizes)
     assert all(size and size > 1 for size in sizes)
 
 
 def test_checks_by_stage() -> None:
-    checks = {key.to_user_string() for key in defs.resolve_asset_graph().asset_check_keys}
-    assert checks == {
-        "jdb/raw:counts_balance",
-        "jdb/raw:tar_intact",
-        "jdb/mds:counts_balance",
-        "jdb/mds:shards_intact",
-        "jdb/latents:counts_balance",
-        "jdb/latents:shards_intact",
-        "jdb/latents:latents_valid",
+    expected = {
+        f"{spec.slug}/{name}:{check}"
+        for spec in SPECS
+        for name in stage_names(spec)
+        for check in CHECKS[name.partition("_")[0]]
     }
+    checks = {key.to_user_string() for key in defs.resolve_asset_graph().asset_check_keys}
+    indexes = {f"{spec.slug}/{name}_index:audited" for spec in SPECS for name in stage_names(spec)[1:]}
+    assert checks == expected | indexes | {"sa1b/archive:links_valid"}
 
 
 def test_pools() -> None:
     graph = defs.resolve_asset_graph()
     pools = {key.to_user_string(): graph.get(key).pools for key in graph.get_all_asset_keys()}
-    assert pools["jdb/raw"] == pools["jdb/annotations"] == {"hub"}
+    assert pools["jdb/raw"] == {"hub"}
+    assert pools["jdb/annotations"] == {"captions"}
     assert pools["jdb/latents"] == {"gpu"}
-    assert pools["jdb/mds"] == set()
+    assert pools["jdb/raw_test"] == {"hub"}
+    for name in ("jdb/mds", "cc12m/mds_minres512", "cc12m/latents_minres512"):
+        assert pools[name] == set()
+
+
+def test_jobs_are_registered() -> None:
+    names = {job.name for job in defs.resolve_all_job_defs()}
+    assert "prune" in names
 
 
 def test_every_resource_field_is_described() -> None:
@@ -106,7 +148,7 @@ def test_every_resource_field_is_described() -> None:
 
 def test_nothing_starts_by_itself() -> None:
     repository = defs.get_repository_def()
-    assert not repository.schedule_defs
+    assert all(schedule.default_status is dg.DefaultScheduleStatus.STOPPED for schedule in repository.schedule_defs)
     assert all(sensor.default_status is dg.DefaultSensorStatus.STOPPED for sensor in repository.sensor_defs)
 
 

@@ -65,7 +65,7 @@ def failed_in_runs(
     why: dict[str, str] = {}
     for run in runs:
         if asset in (run.asset_selection or ()):
-            of_run, of_archives = _said(instance, run)
+            of_run, of_archives = said_by_run(instance, run)
             for archive in _covered(run, spec):
                 why[archive] = f"{spec.slug} {archive}: run {run.run_id[:8]} ended before it: {of_run}"
             why |= {"": of_run, **of_archives}
@@ -81,8 +81,8 @@ def _covered(run: dg.DagsterRun, spec: DatasetSpec) -> Sequence[str]:
     return spec.archives[spec.archives.index(first) : spec.archives.index(last) + 1]
 
 
-def _said(instance: dg.DagsterInstance, run: dg.DagsterRun) -> tuple[str, dict[str, str]]:
-    """What a failed run says of itself, and of each archive that failed in it."""
+def said_by_run(instance: dg.DagsterInstance, run: dg.DagsterRun) -> tuple[str, dict[str, str]]:
+    """What a failed run says of itself, and of each archive that failed in it, by ID."""
     for entry in instance.all_logs(run.run_id, of_type=dg.DagsterEventType.STEP_FAILURE):
         data = entry.get_dagster_event().step_failure_data
         by_user = data.user_failure_data

@@ -17,6 +17,7 @@ Here: this process. Not here: Dagster, which must not be imported here, and the 
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import json
 import os
@@ -39,6 +40,9 @@ Event = dict[str, Any]
 
 POLL_INTERVAL_S = 0.5
 """Between two looks for new events, and for the launcher still being there."""
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Of glibc's malloc.h."""
 
 LAST_EVENTS_S = 2.0
 """How long a terminated process may take to send its last events; a launcher kills after 30 s (torch elastic)."""
@@ -80,7 +84,22 @@ def _encode(plan: LatentsPlan, log: EventLog, archives: Iterator[str]) -> None:
 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     share_cpu(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    encode_archives(replace(plan, device=str(pick_device(plan.device, local_rank))), log.append, archives)
+    device = pick_device(plan.device, local_rank)
+    if device.type == "cpu":
+        keep_memory()
+    encode_archives(replace(plan, device=str(device)), log.append, archives)
+
+
+def keep_memory() -> None:
+    """Have this process keep freed memory instead of giving it back to the kernel; without glibc, do nothing.
+
+    Activations on a CPU are tens of megabytes each. By default each is mapped anew, and the kernel clears it page by
+    page, which takes a quarter to a third of an encoder's time (see docs/benchmarks.md).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def dealt(archives: Sequence[str], counter: Path) -> Iterator[str]:

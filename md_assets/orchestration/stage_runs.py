@@ -15,6 +15,7 @@ from typing import Any
 import dagster as dg
 
 from md_assets.core.errors import MdAssetsError
+from md_assets.core.names import first_of
 from md_assets.core.paths import DataRoot, StageDir
 from md_assets.core.progress import ProgressLines
 from md_assets.core.settings import latents_settings, mds_settings, subset_settings
@@ -22,6 +23,7 @@ from md_assets.core.spec import DatasetSpec, RawOnly, Subset
 from md_assets.orchestration.archive_run import ArchiveRun
 from md_assets.orchestration.metadata import archive_metadata, rejects_table
 from md_assets.orchestration.partitions import archives_of
+from md_assets.orchestration.refresh import find_changes
 from md_assets.orchestration.resources import EncodersResource, HubResource, ImagesResource
 from md_assets.orchestration.source_checks import lists_metadata
 
@@ -30,17 +32,20 @@ ABSENT_SHOWN = 20
 
 
 def observe_archives(context: Any, spec: DatasetSpec, hub: HubResource) -> dg.DataVersionsByPartition:
-    """The content id of each archive that the source has; of a list of links also when they expire."""
+    """The content id of each archive that the source has, as far as it is not known yet, so that an observation stores
+    as many events as there are changes. What changed is said, and of a list of links when they expire."""
     sources = hub.sources()
     with _run_failures():
         content_ids, absent = sources.content_ids({archive: spec.locate(archive) for archive in spec.archives})
-        facts = lists_metadata(spec, sources)
-    if facts:
-        context.log_event(dg.AssetObservation(dg.AssetKey([spec.slug, "archive"]), metadata=facts))
-    context.log.info(f"{spec.slug}/archive: {len(content_ids)} archives at the source, {len(absent)} absent")
+        changes = find_changes(context.instance, spec, sources, content_ids, absent, DataRoot.from_environment())
+        facts = {**changes.metadata(), **lists_metadata(spec, sources)}
+    context.log_event(dg.AssetObservation(dg.AssetKey([spec.slug, "archive"]), metadata=facts))
+    for line in changes.lines():
+        context.log.info(f"{spec.slug}/archive: {line}")
     if absent:
-        context.log.warning(f"{spec.slug}/archive: absent at the source: {', '.join(absent[:ABSENT_SHOWN])}")
-    return dg.DataVersionsByPartition(content_ids)
+        context.log.info(f"{spec.slug}/archive: absent at the source: {first_of(absent, ABSENT_SHOWN)}")
+    news = {*changes.new, *changes.changed}
+    return dg.DataVersionsByPartition({archive: of for archive, of in content_ids.items() if archive in news})
 
 
 def index_captions(context: dg.AssetExecutionContext, spec: DatasetSpec, hub: HubResource) -> dg.MaterializeResult:

@@ -22,6 +22,7 @@ from md_assets.stages.once import Made, Outcome, archive_errors, once, recorded,
 from md_assets.storage.archives import iter_members
 from md_assets.storage.free_space import require_space
 from md_assets.storage.image_pool import Prepared
+from md_assets.storage.images import CODECS
 from md_assets.storage.part_file import Digest, verified_size
 from md_assets.storage.publish import scratch, with_files
 from md_assets.storage.raw_tar import RawTarWriter
@@ -185,7 +186,7 @@ def _keep_images(
         source={"name": remote.name, "content_id": remote.content_id, "revision": remote.revision},
         inputs={"archive": remote.content_id},
         settings=raw_settings(images),
-        versions=versions_of("pillow"),
+        versions=versions_of(*CODECS),
         files=(),
         details={"stored_unchanged": originals, "orphan_captions": orphans},
     )

@@ -40,12 +40,15 @@ def test_environment_variables_are_below_fields(monkeypatch: pytest.MonkeyPatch)
 
 def test_encoder_settings_carry_the_digest_of_local_weights(tiny_encoders: TinyEncoders, tmp_path: Path) -> None:
     resource = EncodersResource(
-        vae=str(tiny_encoders.vae), text_encoder=f"openclip:local-dir:{tiny_encoders.open_clip}", image_resolutions=[64]
+        vae=str(tiny_encoders.vae),
+        text_encoder=f"openclip:local-dir:{tiny_encoders.open_clip}",
+        image_resolutions=[64],
+        latent_mode="mean",
     )
     settings = resource.settings(HubClient(endpoint="http://127.0.0.1:9"))  # nobody answers there, nobody is asked
     assert len(settings.vae_revision) == len(settings.text_encoder_revision) == 64
     assert settings.vae_revision != settings.text_encoder_revision
-    assert settings.image_resolutions == (64,)
+    assert (settings.image_resolutions, settings.latent_mode) == ((64,), "mean")
 
 
 @pytest.mark.parametrize(("visible", "count"), [("0", 1), ("0,1,2", 3), ("", 1), ("-1", 1)])
