@@ -6,8 +6,6 @@ STAMP := $(VENV)/.installed
 # What Debian must bring: a real browser for the tests that look at Dagster's pages, and a real PostgreSQL.
 SYSTEM_PACKAGES := chromium postgresql
 
-TEST_PROCESSES := 2# at a time; most tests wait for processes that they start, and some of these need a core each
-
 .DEFAULT_GOAL := help
 .PHONY: help venv demo demo-ui check lint types layers test test-fast test-programs system-packages constraints tables clean
 
@@ -35,7 +33,7 @@ layers: $(STAMP) ## import-linter: who may import whom
 	$(BIN)/lint-imports
 
 test: $(STAMP) test-programs ## the whole suite; ARGS='-k word' for a part of it
-	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/pytest $(ARGS)
 
 test-fast: $(STAMP) ## without process kills, browsers, environments and whole pipelines
 	$(BIN)/pytest -m "not slow" $(ARGS)

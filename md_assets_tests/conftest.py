@@ -20,15 +20,6 @@ from md_assets.stages.latents import LatentsPlan
 from md_assets.storage.mds import ShardWriter, ledgered_files
 from md_assets.storage.publish import publish, scratch, with_files, workspace
 
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For runs in several processes: a module's tests stay together, and the longest modules come first."""
-    for item in items:
-        group = "shares_memory" if item.get_closest_marker("shares_memory") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: not item.get_closest_marker("slow"))  # stable: the order is otherwise kept
-
-
 Row = dict[str, Any]
 MdsRows = Callable[..., list[Row]]
 PublishMds = Callable[..., Ledger]

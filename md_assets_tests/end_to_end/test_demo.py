@@ -16,7 +16,7 @@ from md_assets.demo.walkthrough import archives_of_demo
 from md_assets.storage.mds import iter_rows
 from md_assets_tests.end_to_end.conftest import REPOSITORY, Commands
 
-pytestmark = [pytest.mark.slow, pytest.mark.shares_memory, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2500)]
 
 LEFT = {slug: len(archives_of_demo(slug)) * (m.samples - m.lost) for slug, m in MINIATURES.items()}
 """Samples of each dataset that have latents."""

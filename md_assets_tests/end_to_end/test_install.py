@@ -9,7 +9,7 @@ import pytest
 
 from md_assets_tests.end_to_end.conftest import REPOSITORY
 
-pytestmark = [pytest.mark.slow, pytest.mark.shares_memory, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,6 @@ from md_assets.stages.once import published
 from md_assets.storage.mds import iter_rows
 from md_assets_tests.conftest import TinyEncoders
 
-pytestmark = pytest.mark.shares_memory
-
 REPO = "someone/stamps"
 
 

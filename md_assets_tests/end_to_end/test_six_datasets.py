@@ -25,7 +25,7 @@ from md_assets.stages.verify import verify_dataset
 from md_assets.storage.mds import iter_rows
 from md_assets_tests.end_to_end.conftest import Commands
 
-pytestmark = [pytest.mark.slow, pytest.mark.shares_memory, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2500)]
 
 SIZE_PX = 300
 TAG = "sdxl1_dfnclipH14"

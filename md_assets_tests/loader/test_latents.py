@@ -12,8 +12,6 @@ from md_assets.loader import LatentsLayout, LatentsStream, build_latents_dataloa
 from md_assets.storage.mds import ShardError
 from md_assets_tests.loader.made_latents import CAPTION, IMAGES, array_of, make_latents, metadata, write_ledger
 
-pytestmark = pytest.mark.shares_memory
-
 REAL_SHAPES: dict[str, Any] = {"caption": (1, 7, 16), "images": {256: (4, 32, 32), 512: (4, 64, 64)}}
 
 

@@ -16,8 +16,6 @@ from md_assets.loader import LatentsStream, build_latents_dataloader
 from md_assets.stages.index import merge_indexes
 from md_assets.stages.latents import LatentsPlan, encode_archives
 
-pytestmark = pytest.mark.shares_memory
-
 COUNTS = {"jdb": 6, "diffdb": 5, "cc12m": 4, "sa1b": 3, "textcaps": 2, "coco2014": 4}
 SHARES = {"jdb": 1, "diffdb": 1, "cc12m": 2, "sa1b": 2, "textcaps": 1, "coco2014": 1}
 """Of an epoch's 24 samples: 3, 3, 6, 6, 3 and 3."""

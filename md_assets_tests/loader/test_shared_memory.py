@@ -25,8 +25,6 @@ from md_assets.core.errors import SettingsError
 from md_assets.loader import LatentsStream, build_latents_dataloader, shared_memory
 from md_assets_tests.loader.made_latents import make_latents
 
-pytestmark = pytest.mark.shares_memory
-
 Segments = dict[Path, int]
 """Path -> inode, as a later training may use the same number again."""
 

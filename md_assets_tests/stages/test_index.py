@@ -23,8 +23,6 @@ from md_assets.storage.mds import INDEX_NAME, iter_rows
 from md_assets.storage.publish import output_file, read_ledger
 from md_assets_tests.stages.conftest import LATENT_SHAPES, LAYOUT
 
-pytestmark = pytest.mark.shares_memory
-
 SETTINGS = mds_settings(SPEC, ImageSettings())
 COUNTS = {"train/000": 3, "train/001": 2, "train/003": 4}
 ARCHIVES = [f"train/{number:03}" for number in range(5)]

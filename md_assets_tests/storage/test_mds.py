@@ -30,8 +30,6 @@ from md_assets.storage.mds import (
     verify_shards,
 )
 
-pytestmark = pytest.mark.shares_memory
-
 Row = dict[str, Any]
 CAPTIONS = ["plain", "", "猫 🐈\n\t", "x" * 100_000, "\ufeff"]
 
