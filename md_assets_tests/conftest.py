@@ -1,6 +1,7 @@
 """Fixtures that more than one test module uses: tiny encoders, and archives published without their sources."""
 
 import io
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,18 @@ from md_assets.storage.mds import ShardWriter, ledgered_files
 from md_assets.storage.publish import publish, scratch, with_files, workspace
 
 Row = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def no_session_of_another_test() -> Iterator[None]:
+    """huggingface_hub remembers its session, and with it whether it was offline when the session was made."""
+    yield
+    if "huggingface_hub" in sys.modules:
+        from huggingface_hub.utils import reset_sessions
+
+        reset_sessions()
+
+
 MdsRows = Callable[..., list[Row]]
 PublishMds = Callable[..., Ledger]
 MakePlan = Callable[..., LatentsPlan]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -69,6 +70,9 @@ odd Adobe or JFIF version) come with pictures that are whole."""
 
 _JPEG_MAX_EDGE = 65_500
 """JPEG_MAX_DIMENSION of libjpeg's jmorecfg.h, in px."""
+
+_of_this_thread = threading.local()
+"""Holds a resizer, which keeps its buffers for the next picture and serves one thread at a time."""
 
 ToSrgb = Callable[[Image.Image], Image.Image | None]
 """Converts a picture to sRGB; None where the picture's mode does not fit the profile."""
@@ -270,7 +274,9 @@ def _resized(picture: Decoded, target: tuple[int, int]) -> Image.Image:
         use_alpha=False,  # the fourth channel is ink
         crop_box=cykooz_resizer.CropBox(0, 0, *picture.extent),
     )
-    cykooz_resizer.Resizer().resize(source, resized, options)
+    if not hasattr(_of_this_thread, "resizer"):
+        _of_this_thread.resizer = cykooz_resizer.Resizer()
+    _of_this_thread.resizer.resize(source, resized, options)
     return Image.frombytes(picture.mode, target, resized.get_buffer())
 
 
