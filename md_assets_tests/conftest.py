@@ -2,7 +2,7 @@
 
 import io
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ from md_assets.storage.mds import ShardWriter, ledgered_files
 from md_assets.storage.publish import publish, scratch, with_files, workspace
 
 Row = dict[str, Any]
+MdsRows = Callable[..., list[Row]]
+PublishMds = Callable[..., Ledger]
+MakePlan = Callable[..., LatentsPlan]
 
 
 @pytest.fixture(autouse=True)
@@ -32,11 +35,6 @@ def no_session_of_another_test() -> Iterator[None]:
         from huggingface_hub.utils import reset_sessions
 
         reset_sessions()
-
-
-MdsRows = Callable[..., list[Row]]
-PublishMds = Callable[..., Ledger]
-MakePlan = Callable[..., LatentsPlan]
 
 
 @dataclass(frozen=True)
