@@ -10,9 +10,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
-
 from md_assets.core.errors import SettingsError
 from md_assets.storage.hub import HubClient
 
@@ -76,6 +73,9 @@ def subfolder_of(model: str, subfolder: str, revision: str) -> str:
     """
     if Path(model).is_dir():
         return subfolder if (Path(model) / subfolder).is_dir() else ""
+    from huggingface_hub import hf_hub_download  # a tenth of a second that the code location does without
+    from huggingface_hub.errors import EntryNotFoundError
+
     try:
         hf_hub_download(model, f"{subfolder}/config.json", revision=revision)
     except EntryNotFoundError:  # also where the Hub does not answer; then loading says so

@@ -16,7 +16,9 @@ from typing import Any
 
 import dagster_pipes
 import pytest
+import torch
 
+from md_assets.encoders.bundle import share_cpu
 from md_assets.orchestration import latents_worker
 from md_assets.orchestration.latents_launch import ACCELERATE_CONFIG, launch_command
 from md_assets.orchestration.latents_worker import EventLog, Forwarder, dealt, events_path, main, progress_line
@@ -91,7 +93,9 @@ def launched(plan: LatentsPlan, events_dir: Path, processes: int) -> list[str]:
 
 @pytest.mark.slow
 def test_three_processes_share_the_work_and_report_through_pipes(plan: LatentsPlan, events_dir: Path) -> None:
-    """Real processes. Together they give the rows that one process gives, and say nothing else on standard error."""
+    """Real processes. Together they give the rows that one process gives, and say nothing else on standard error.
+
+    To the bit where the CPU computes with as many threads: their number decides how torch adds up."""
     context, messages = events_dir / "context.json", events_dir / "messages.json"
     fields = dagster_pipes.PipesContextData.__annotations__
     context.write_text(
@@ -118,7 +122,12 @@ def test_three_processes_share_the_work_and_report_through_pipes(plan: LatentsPl
     assert {e["event"] for e in published} == {"published"}
 
     alone = replace(plan, encoder_tag="alone", archives=tuple(reversed(plan.archives)), num_workers=0)
-    encode_archives(alone, lambda event: None)
+    threads = torch.get_num_threads()
+    share_cpu(3)
+    try:
+        encode_archives(alone, lambda event: None)
+    finally:
+        torch.set_num_threads(threads)
     for archive in COUNTS:  # to the bit: batches of an archive are the same whoever takes it, and when
         assert list(iter_rows(plan.latents_dir.data(archive))) == list(iter_rows(alone.latents_dir.data(archive)))
 

@@ -195,14 +195,15 @@ print(peak_mib())
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_table(tmp_path: Path) -> None:
-    """100 MB more of text, in a single row group, are read in a quarter of that more memory."""
+    """250 MB more of text, in a single row group, are read in a fifth of that more memory; the smaller table has enough
+    batches for the allocators to have got what they keep."""
     peaks_mib = []
-    for count in (50_000, 250_000):
+    for count in (250_000, 750_000):
         texts = [f"{n:08} " + f"{n * 7919:09}" * 55 for n in range(count)]
         pq.write_table(pa.table({"text": texts}), tmp_path / "file", row_group_size=count)
         command = [sys.executable, "-c", PEAK, str(tmp_path / "file"), str(count)]
         peaks_mib.append(float(subprocess.run(command, capture_output=True, check=True).stdout))
-    assert peaks_mib[1] - peaks_mib[0] < 25
+    assert peaks_mib[1] - peaks_mib[0] < 50
 
 
 # Texts

@@ -205,7 +205,7 @@ def test_leaving_the_block_ends_the_workers() -> None:
 
 
 PARENT = """
-import sys, time
+import signal, sys
 from md_assets.core.settings import ImageSettings
 from md_assets.core.spec import Sample
 from md_assets.storage.image_pool import ImagePool
@@ -215,6 +215,8 @@ def endless():
         yield Sample("a", sys.argv[1].encode())
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever the test's process inherited
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     with ImagePool(2) as pool:
         for number, _ in enumerate(pool.prepare(endless(), ImageSettings())):
             if number == 50:
