@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 SYSTEM_PACKAGES := chromium postgresql
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-ui check lint types layers test test-fast test-programs system-packages constraints tables clean
+.PHONY: help venv demo demo-ui check lint types layers test test-pipelines test-parts test-fast test-programs system-packages constraints tables clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,8 +32,21 @@ types: $(STAMP) ## mypy
 layers: $(STAMP) ## import-linter: who may import whom
 	$(BIN)/lint-imports
 
-test: $(STAMP) test-programs ## the whole suite; ARGS='-k word' for a part of it
+test: $(STAMP) test-programs ## the whole suite in two processes; ARGS='-k word' for a part of it in one
+ifdef ARGS
 	$(BIN)/pytest $(ARGS)
+else
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target test-pipelines test-parts
+endif
+
+# Whatever trains on latents is on one side: its tests look at all shared memory of the machine.
+PIPELINES := $(addprefix md_assets_tests/,end_to_end demo loader)
+
+test-pipelines: $(STAMP) ## whole pipelines, the demo and the loader
+	$(BIN)/pytest $(PIPELINES)
+
+test-parts: $(STAMP) ## all other tests
+	$(BIN)/pytest $(addprefix --ignore=,$(PIPELINES))
 
 test-fast: $(STAMP) ## without process kills, browsers, environments and whole pipelines
 	$(BIN)/pytest -m "not slow" $(ARGS)
