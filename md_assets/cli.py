@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from dagster._core.definitions.assets.graph.base_asset_graph import BaseAssetGraph
 
     from md_assets.orchestration.backfills import BackfillPlan
+    from md_assets.orchestration.failures import FailedArchive
 
 DONE, FAILED, WRONG_USAGE = 0, 1, 2
 
@@ -60,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--port", type=int, default=3000, help="of the UI (default: 3000)")
     demo.set_defaults(run=_demo)
 
-    status = commands.add_parser("status", help="what is published, told from the ledgers on disk")
+    status = commands.add_parser("status", help="what is published, told from the ledgers on disk, and what failed")
     status.add_argument("datasets", nargs="*", metavar="DATASET", help="default: all that have data")
     status.add_argument("--archives", action="store_true", help="a row for each archive")
     status.add_argument(
@@ -128,6 +130,14 @@ def _parser() -> argparse.ArgumentParser:
     captions.add_argument("--texts", type=int, nargs="*", default=[100_000, 1_000_000], help="of tars like SA-1B's")
     captions.add_argument("--folder", type=Path, help="for up to 700 bytes a row (default: the system's temporary one)")
     captions.set_defaults(run=_bench_captions)
+    scale = what.add_parser("scale", help="what orchestration costs: backfills of archives that take no work")
+    scale.add_argument(
+        "--archives", type=int, nargs="+", default=[1_000, 4_000, 14_000], help="how many, each by itself"
+    )
+    scale.add_argument("--storage", nargs="+", default=["sqlite", "postgres"], help="of Dagster's records")
+    scale.add_argument("--per-run", type=int, default=64, help="archives of a run; 0: as committed (default: 64)")
+    scale.add_argument("--folder", type=Path, help="for 0.5 MB an archive (default: the system's temporary one)")
+    scale.set_defaults(run=_bench_scale)
     return parser
 
 
@@ -148,10 +158,11 @@ def _backfill(arguments: argparse.Namespace) -> int:
         archives, what = (spec.small, backfills.SMALL) if arguments.small else (spec.archives, backfills.WHOLE)
     with backfills.persistent_instance() as instance:
         from md_assets.definitions import defs
+        from md_assets.orchestration.failures import all_failed
 
         asset_graph = defs.resolve_asset_graph()
         if arguments.failed:
-            plan = backfills.plan_failed(instance, asset_graph, spec, stages)
+            plan = backfills.plan_failed(instance, asset_graph, spec, all_failed(instance, spec), stages)
         else:
             plan = backfills.plan_backfill(instance, asset_graph, spec, archives, stages, what)
         if plan is None:
@@ -219,10 +230,21 @@ def _bench_captions(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _bench_scale(arguments: argparse.Namespace) -> int:
+    from md_assets.bench.scale import measure_all, report, report_growth
+
+    figures = []
+    for one in measure_all(arguments.archives, arguments.storage, arguments.per_run, arguments.folder):
+        print(report(one), flush=True)
+        figures.append(one)
+    print(report_growth(figures))
+    return DONE
+
+
 def _status(arguments: argparse.Namespace) -> int:
     from md_assets.stages.stale import WantedSettings
     from md_assets.stages.status import dataset_totals, stage_dirs
-    from md_assets.terminal import print_archives, print_stale, print_totals
+    from md_assets.terminal import print_archives, print_failed, print_stale, print_totals
 
     root = DataRoot.from_environment()
     chosen = _chosen(arguments.datasets, root)
@@ -235,22 +257,66 @@ def _status(arguments: argparse.Namespace) -> int:
         from md_assets.orchestration.run_config import wanted_settings  # imports dagster
 
         wanted, problem = wanted_settings(arguments.config)
-    totals = [(spec, dataset_totals(spec, root, wanted)) for spec in chosen]
+    failed, observed, unknown = _records(chosen)
+    totals = [
+        (spec, dataset_totals(spec, root, wanted, _by_directory(failed, spec, root), observed.get(spec.slug)))
+        for spec in chosen
+    ]
     if arguments.json:
         datasets = [
-            {"dataset": spec.slug, "archives": len(spec.archives), "stages": [stage.as_json() for stage in stages]}
+            {
+                "dataset": spec.slug,
+                "archives": len(spec.archives),
+                "stages": [stage.as_json() for stage in stages],
+                "failed_archives": None if failed is None else [one.as_json() for one in failed[spec.slug]],
+            }
             for spec, stages in totals
         ]
-        said = {"data_root": str(root.path), "revisions_unknown": problem or None, "datasets": datasets}
-        print(json.dumps(said, indent=1))
+        said = {"data_root": str(root.path), "revisions_unknown": problem or None, "failures_unknown": unknown or None}
+        print(json.dumps({**said, "datasets": datasets}, indent=1))
         return DONE
     for spec, stages in totals:
         print_totals(spec, stages)
+        if failed is not None:
+            print_failed(failed[spec.slug])
         if arguments.explain:
             print_stale(spec, stages)
     if arguments.explain and problem:
         print(f"Revisions of the models are not compared: {problem}")
+    if failed is None:
+        print(f"Which archives failed is not told: {unknown}")
     return DONE
+
+
+def _records(
+    chosen: Sequence[DatasetSpec],
+) -> tuple[dict[str, list[FailedArchive]] | None, dict[str, dict[str, str]], str]:
+    """What Dagster's records say of each dataset, by slug: what failed last, and the contents that were observed at the
+    source. None and nothing, and why, where there are none."""
+    if not os.environ.get("DAGSTER_HOME"):
+        return None, {}, "DAGSTER_HOME is not set"
+    from md_assets.orchestration.backfills import persistent_instance  # imports dagster
+    from md_assets.orchestration.failures import all_failed
+    from md_assets.orchestration.refresh import known_contents
+
+    try:
+        with persistent_instance() as instance:
+            failed = {spec.slug: all_failed(instance, spec) for spec in chosen}
+            return failed, {spec.slug: known_contents(instance, spec) for spec in chosen}, ""
+    except SettingsError as error:
+        return None, {}, error.what
+
+
+def _by_directory(
+    failed: dict[str, list[FailedArchive]] | None, spec: DatasetSpec, root: DataRoot
+) -> dict[str, set[str]] | None:
+    """Directory of a stage -> archives that failed there."""
+    if failed is None:
+        return None
+    from md_assets.orchestration.failures import by_directory
+    from md_assets.orchestration.resources import EncodersResource
+
+    return by_directory(failed[spec.slug], root, EncodersResource().tag())
 
 
 def _prune(arguments: argparse.Namespace) -> int:

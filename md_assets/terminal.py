@@ -5,7 +5,7 @@ Here: showing values that others computed. Not here: computing them, see `stages
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -18,10 +18,14 @@ from md_assets.core.verdict import Verdict
 from md_assets.stages.status import StageTotals, recorded_ledgers
 
 if TYPE_CHECKING:
+    from md_assets.orchestration.failures import FailedArchive
     from md_assets.stages.prune import PruneReport
 
 PLAIN_WIDTH = 160
 """Columns where the output is no terminal: a log or a pipe shows the whole table."""
+
+FAILED_SHOWN = 50
+"""Failed archives of one dataset that are named."""
 
 
 def console() -> Console:
@@ -55,12 +59,13 @@ def print_archives(spec: DatasetSpec, stage_dirs: Iterable[StageDir]) -> None:
 
 def print_totals(spec: DatasetSpec, totals: Iterable[StageTotals]) -> None:
     """A row for each stage of a dataset: archives and samples."""
-    archives, samples = ("done", "stale", "pruned", "missing"), ("read", "kept", "rejected", "reasons")
+    archives, samples = ("done", "failed", "stale", "pruned", "missing"), ("read", "kept", "rejected", "reasons")
     table = _table(spec.slug, "stage", *archives, *samples, "GB", "hours")
     for stage in totals:
         table.add_row(
             stage.stage,
             f"{stage.done:,}",
+            "" if stage.failed is None else f"{stage.failed:,}",
             f"{stage.stale:,}",
             f"{stage.pruned:,}",
             f"{stage.missing:,}",
@@ -87,6 +92,16 @@ def print_stale(spec: DatasetSpec, totals: Iterable[StageTotals]) -> None:
                 found, wanted = map(_setting, (difference.found, difference.wanted))
                 what = f"{difference.what}: {found} in {count}, {wanted} wanted"
             _line(f"  {what} ({first_of(group.archives)})")
+
+
+def print_failed(failed: Sequence[FailedArchive]) -> None:
+    """A line for each failed archive of a dataset, as far as a person reads them, and its reason."""
+    for one in failed[:FAILED_SHOWN]:
+        attempt = f"attempt {one.attempt}, " if one.attempt > 1 else ""
+        kind = f"{attempt}{one.reason}, {'may pass' if one.transient else 'permanent'}"
+        _line(f"FAILED {one.asset.to_user_string()}: {one.why} ({kind})")
+    if len(failed) > FAILED_SHOWN:
+        _line(f"and {len(failed) - FAILED_SHOWN:,} more; --json has all of them")
 
 
 def print_pruned(report: PruneReport) -> None:

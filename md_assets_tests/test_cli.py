@@ -1,5 +1,6 @@
 """The command line: exit codes, one-line errors, and what it does not import."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,12 @@ from md_assets import __version__
 from md_assets.cli import DONE, FAILED, WRONG_USAGE, main
 from md_assets.core.ledger import Ledger
 from md_assets.core.paths import DataRoot
+from md_assets.orchestration.failures import ATTEMPT_TAG
 from md_assets.storage.publish import output_file
+from md_assets_tests.orchestration.test_failures import started_run
 
 REPOSITORY = Path(__file__).parents[1]
+RAW, SECOND = dg.AssetKey(["jdb", "raw"]), {ATTEMPT_TAG: "2"}
 
 
 @pytest.fixture
@@ -26,7 +30,17 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, publish_mds: Any, mds_
     for archive in ("train/000", "train/001"):
         publish_raw(root, publish_mds(root, "jdb", archive, mds_rows(archive, 3)))
     monkeypatch.setenv("MD_ASSETS_DATA", str(root.path))
+    monkeypatch.delenv("DAGSTER_HOME", raising=False)
     return root
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DAGSTER_HOME that knows of a killed run of raw over train/001 and train/002; not to be changed."""
+    home = tmp_path_factory.mktemp("home")
+    with dg.DagsterInstance.local_temp(str(home)) as instance:
+        instance.report_run_failed(started_run(instance, RAW, "train/001", "train/002", tags=SECOND), "it was killed")
+    return home
 
 
 def publish_raw(root: DataRoot, mds: Ledger) -> None:
@@ -50,11 +64,49 @@ def test_status_shows_every_stage(root: DataRoot, capsys: pytest.CaptureFixture[
     rows = [line.replace("│", " ").split() for line in text.splitlines()]
     assert rows[0] == ["jdb"]
     assert [row[:8] for row in rows if row[0] in ("raw", "mds")] == [
-        ["raw", "2", "0", "0", "398", "6", "6", "0"],
+        ["raw", "2", "0", "0", "398", "6", "6", "0"],  # nothing says what failed
         ["mds", "0", "2", "0", "398", "6", "6", "0"],  # not made of this raw
     ]
+    assert text.splitlines()[-1] == "Which archives failed is not told: DAGSTER_HOME is not set"
     assert main(["status", "jdb", "jdb"]) == DONE
     assert capsys.readouterr().out == text
+
+
+def test_status_names_what_failed(
+    root: DataRoot, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DAGSTER_HOME", str(home))
+    assert main(["status"]) == DONE
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.replace("│", " ").split() for line in lines]
+    assert [row[:6] for row in rows if row[0] == "raw"] == [["raw", "1", "2", "0", "0", "397"]]
+    failed = [line for line in lines if line.startswith("FAILED jdb/raw: jdb train/001: run ")]
+    assert [line.partition(" ended ")[2] for line in failed] == [
+        "before it: it was killed (attempt 2, run_died, may pass)"
+    ]
+    assert "not told" not in lines[-1]
+
+    assert main(["status", "--json"]) == DONE
+    said = json.loads(capsys.readouterr().out)
+    (jdb,) = said["datasets"]
+    assert said["failures_unknown"] is None and jdb["stages"][0]["failed"] == 2
+    known = ("asset", "archive", "reason", "transient", "attempt")
+    assert [[one[name] for name in known] for one in jdb["failed_archives"]] == [
+        ["jdb/raw", "train/001", "run_died", True, 2],
+        ["jdb/raw", "train/002", "run_died", True, 2],
+    ]
+
+
+@pytest.mark.parametrize("home", ["", "/nonexistent/home"])
+def test_status_says_when_it_does_not_know_what_failed(
+    root: DataRoot, home: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DAGSTER_HOME", home)
+    assert main(["status", "--json"]) == DONE
+    said = json.loads(capsys.readouterr().out)
+    assert said["failures_unknown"].startswith("DAGSTER_HOME is ")
+    (jdb,) = said["datasets"]
+    assert jdb["failed_archives"] is None and [stage["failed"] for stage in jdb["stages"]] == [None, None, None]
 
 
 def test_status_of_archives(root: DataRoot, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,6 +239,18 @@ def test_nothing_that_failed_is_done(
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
     assert main(["backfill", "jdb", "--failed", "--wait"]) == DONE
     assert capsys.readouterr().out == "no archive of jdb failed last in raw, mds, latents\n"
+
+
+def test_another_attempt_says_of_what_archives_failed(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DAGSTER_HOME", str(home))
+    assert main(["backfill", "jdb", "--failed", "--stages", "raw", "--dry-run"]) == DONE
+    assert capsys.readouterr().out.splitlines() == [
+        "jdb: 2 failed archives, raw: 1 run if nothing fails",
+        "  jdb/raw: 2 archives in 1 run",
+        "  2 may pass: run_died 2",
+    ]
 
 
 def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ TESTS = REPOSITORY / "md_assets_tests"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TEST_MODULES = sorted(TESTS.rglob("test_*.py"))
 
-HEAVY = ("torch", "torchvision", "streaming", "diffusers", "transformers", "open_clip", "accelerate")
+HEAVY = ("torch", "torchvision", "streaming", "diffusers", "transformers", "open_clip", "accelerate", "matplotlib")
 """Seconds of import each; the code location must load without them."""
 
 LINES_LIMIT = 400

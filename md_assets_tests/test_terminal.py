@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import dagster as dg
 import pytest
 from rich.console import Console
 
@@ -14,13 +15,16 @@ from md_assets.core.ledger import Ledger, Pruned
 from md_assets.core.paths import DataRoot
 from md_assets.core.verdict import Verdict
 from md_assets.datasets.jdb import SPEC
+from md_assets.orchestration.failures import FailedArchive
 from md_assets.stages.prune import KeptBack, PruneReport
 from md_assets.stages.stale import Difference, StaleGroup
 from md_assets.stages.status import StageTotals
 from md_assets.terminal import (
+    FAILED_SHOWN,
     PLAIN_WIDTH,
     console,
     print_archives,
+    print_failed,
     print_pruned,
     print_stale,
     print_totals,
@@ -40,14 +44,27 @@ def rows(text: str) -> list[list[str]]:
 
 def test_totals_are_a_row_for_each_stage(capsys: pytest.CaptureFixture[str]) -> None:
     rejected = Counter({"too_small": 1200, "undecodable": 3})
-    raw = StageTotals("raw", 400, 9, 2, 1, 388, 34567, 33364, rejected, 7_890_000_000, 0, 5400.0)
+    raw = StageTotals("raw", 400, 9, 2, 1, 385, 34567, 33364, rejected, 7_890_000_000, 0, 5400.0, failed=3)
     print_totals(SPEC, [raw, StageTotals("mds_latents_sdxl1_dfnclipH14", 400, missing=400)])
     text = capsys.readouterr().out
     assert text.split()[0] == "jdb"
     assert rows(text) == [
-        ["stage", "done", "stale", "pruned", "missing", "read", "kept", "rejected", "reasons", "GB", "hours"],
-        ["raw", "9", "2", "1", "388", "34,567", "33,364", "1,203", "too_small 1,200, undecodable 3", "7.89", "1.50"],
-        ["mds_latents_sdxl1_dfnclipH14", "0", "0", "0", "400", "0", "0", "0", "", "0.00", "0.00"],
+        ["stage", "done", "failed", "stale", "pruned", "missing", "read", "kept", "rejected", "reasons", "GB", "hours"],
+        [
+            "raw",
+            "9",
+            "3",
+            "2",
+            "1",
+            "385",
+            "34,567",
+            "33,364",
+            "1,203",
+            "too_small 1,200, undecodable 3",
+            "7.89",
+            "1.50",
+        ],
+        ["mds_latents_sdxl1_dfnclipH14", "0", "", "0", "0", "400", "0", "0", "0", "", "0.00", "0.00"],
     ]
 
 
@@ -91,6 +108,21 @@ def test_stale_archives_are_told_by_what_differs(capsys: pytest.CaptureFixture[s
         "  caption_cleaning: absent in 2 archives, deepfloyd wanted (train/000, train/001)",
         "  input raw changed after 1 archives were made (train/000)",
     ]
+
+
+def test_failed_archives_are_lines_as_far_as_a_person_reads_them(capsys: pytest.CaptureFixture[str]) -> None:
+    key = dg.AssetKey(["jdb", "raw"])
+    ids = [f"train/{number:03}" for number in range(FAILED_SHOWN)]
+    failed = [FailedArchive(f"jdb {i}: [gone]", "not_found", False, key, i, 1, 0.0, key) for i in ids]
+    failed.append(replace(failed[0], reason="timeout", transient=True, attempt=3))
+    print_failed(failed[-2:])
+    assert capsys.readouterr().out.splitlines() == [
+        "FAILED jdb/raw: jdb train/049: [gone] (not_found, permanent)",
+        "FAILED jdb/raw: jdb train/000: [gone] (attempt 3, timeout, may pass)",
+    ]
+    print_failed(failed)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == FAILED_SHOWN + 1 and lines[-1] == "and 1 more; --json has all of them"
 
 
 def test_what_was_pruned_and_what_was_not(capsys: pytest.CaptureFixture[str]) -> None:

@@ -177,6 +177,7 @@ class LedgerNumbers:
     inputs: dict[str, str]
     settings: dict[str, Any]
     files: dict[str, int]
+    details: dict[str, Any]
     pruned: Pruned | None
 
     @classmethod
@@ -196,6 +197,7 @@ class LedgerNumbers:
                 inputs=body["inputs"],
                 settings=body["settings"],
                 files={file["path"]: file["bytes"] for file in body["files"]},
+                details=body["details"],
                 pruned=Pruned(**pruned) if (pruned := body.get("pruned")) else None,
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:

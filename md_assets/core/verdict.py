@@ -41,6 +41,10 @@ AUDITED_INDEX = (
     "again by the sensor `audit`."
 )
 
+STAGE_FACT, BEGIN_FACT, DIRECTORY_FACT = "stage_at_fault", "begin_at", "directory"
+"""What a failed audit tells programs: the asset in which the fault lies, without its dataset; the one from which on the
+archive is to be made again; and the directory of the stage in which the fault lies."""
+
 _SUBSET_COUNTS = "Every sample of the whole was read and kept, or rejected as not in the subset; there may be none."
 
 

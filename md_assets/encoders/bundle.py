@@ -12,6 +12,8 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from md_assets.core.errors import SettingsError
@@ -60,6 +62,11 @@ class Encoded:
         values |= {column: [row.tobytes() for row in array] for column, array in arrays.items()}
         values[CAPTION_LENGTH_COLUMN] = batch.tokens.attended_B.tolist()
         return [{column: values[column][i] for column in self.columns} for i in range(len(batch))]
+
+    def values(self) -> dict[str, npt.NDArray[np.float32]]:
+        """The stored numbers, which float32 holds exactly: column -> B×…; waits for the device."""
+        self._wait()  # and torch converts, in a tenth of the time that numpy takes
+        return {column: array.float().numpy() for column, array in self.arrays.items()}
 
     def _wait(self) -> None:
         if self.arrived is not None:

@@ -156,13 +156,13 @@ def failed_run_alerts(instance: dg.DagsterInstance, cursor: str) -> Iterator[Ale
 def run_text(instance: dg.DagsterInstance, run: dg.DagsterRun) -> str:
     """What is told of a failed run."""
     assets = sorted(key.to_user_string() for key in run.asset_selection or ())
-    why, archives = said_by_run(instance, run)
+    of_run, archives = said_by_run(instance, run)
     of_backfill = f" of backfill {run.tags['dagster/backfill']}" if "dagster/backfill" in run.tags else ""
     title = f"{', '.join(assets) or run.job_name}: run {run.run_id[:8]}{of_backfill} failed"
     if not archives:
-        return message(title, [why])
+        return message(title, [of_run.why])
     # An archive's sentence begins with its dataset and ID.
-    return message(f"{title}, {len(archives):,} archives in it", archives.values())
+    return message(f"{title}, {len(archives):,} archives in it", (cause.why for cause in archives.values()))
 
 
 def failed_check_alerts(

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 import dagster as dg
 
 from md_assets.core.errors import ArchiveError
+from md_assets.core.ledger import Ledger
 from md_assets.core.paths import StageDir
 from md_assets.core.progress import ProgressLines
 from md_assets.orchestration.checks import evaluate
@@ -29,6 +30,9 @@ FAILED_SHOWN = 20
 
 FAILURES_KEY = "failures"
 """Metadata of a failure for programs: archive -> why it failed, its reason, and whether waiting may help."""
+
+REASON_KEY, TRANSIENT_KEY = "reason", "transient"
+"""The same of a failure that concerns a whole run."""
 
 
 class ArchiveRun:
@@ -74,15 +78,13 @@ class ArchiveRun:
         self._done += 1
         self._passed_over += outcome.passed_over
         metadata = {**archive_metadata(self._stage_dir, ledger, outcome.passed_over), **(further or {})}
-        version = ledger.content_id[:32]
+        tags = {DATA_VERSION_TAG: data_version(ledger.content_id), **made_of_tags(self._stage_dir, ledger)}
         if self._context.has_partition_key:
-            data_version = dg.DataVersion(version)
-            self._results.append(dg.MaterializeResult(self._key, metadata=metadata, data_version=data_version))
+            version = dg.DataVersion(tags[DATA_VERSION_TAG])
+            self._results.append(dg.MaterializeResult(self._key, metadata=metadata, data_version=version, tags=tags))
         else:
             self._context.log_event(
-                dg.AssetMaterialization(
-                    self._key, partition=ledger.archive, metadata=metadata, tags={DATA_VERSION_TAG: version}
-                )
+                dg.AssetMaterialization(self._key, partition=ledger.archive, metadata=metadata, tags=tags)
             )
         if outcome.passed_over:
             self._context.log.info(f"{self._name} {ledger.archive}: already published, passed over")
@@ -133,3 +135,25 @@ class ArchiveRun:
             },
             allow_retries=any(error.transient for error in self.failures),
         )
+
+
+def data_version(content_id: str) -> str:
+    """The data version of a published archive, by the content id of its ledger."""
+    return content_id[:32]
+
+
+def made_of_tag(upstream: dg.AssetKey) -> str:
+    """The tag of a materialization that says of which data version of an upstream asset it was made."""
+    return f"dagster/input_data_version/{upstream.to_user_string()}"
+
+
+def made_of_tags(stage_dir: StageDir, ledger: Ledger) -> dict[str, str]:
+    """These tags, as the ledger has it: Dagster itself would tell the version of when the run began.
+
+    Captions are left out: the data version of theirs is of several files.
+    """
+    return {
+        made_of_tag(dg.AssetKey([stage_dir.dataset, name])): content if name == "archive" else data_version(content)
+        for name, content in ledger.inputs.items()
+        if name != "annotations"
+    }

@@ -13,6 +13,12 @@ from md_assets.core.paths import Stage
 from md_assets.core.source import HubFile
 from md_assets.core.spec import DatasetSpec, Subset
 from md_assets.orchestration import stage_runs
+from md_assets.orchestration.automation import (
+    annotations_condition,
+    follow_condition,
+    index_condition,
+    raw_condition,
+)
 from md_assets.orchestration.checks import check_specs, index_check_specs
 from md_assets.orchestration.partitions import archive_partitions
 from md_assets.orchestration.resources import EncodersResource, HubResource, ImagesResource
@@ -81,6 +87,7 @@ def _annotations(spec: DatasetSpec) -> Any:
         kinds={"huggingface", "parquet"},
         pool=POOL_CAPTIONS,
         retry_policy=RETRIES,
+        automation_condition=annotations_condition(spec),
         description=f"Captions of {spec.title}, indexed once so that one archive's captions are read without scanning "
         "the rest.",
     )
@@ -190,6 +197,7 @@ def _archive_asset(
                 kinds=kinds,
                 description=description,
                 skippable=True,
+                automation_condition=raw_condition(spec) if stage == "raw" else follow_condition(spec, deps[0]),
             )
         ],
         check_specs=check_specs(key, stage, partitions_def, subset),
@@ -261,6 +269,7 @@ def _index_options(spec: DatasetSpec, stage: str) -> dict[str, Any]:
         kinds={"mosaicml", "json"},
         description=f"Merged index.json over all published {stage} archives of {spec.title} with the same settings: "
         "what a StreamingDataset is pointed at.",
+        automation_condition=index_condition(spec, stage),
     )
     # can_subset makes the check an optional output: no run evaluates it
     return {

@@ -27,7 +27,7 @@ from md_assets.core.spec import DatasetSpec
 from md_assets.core.verdict import AUDITED, Verdict
 from md_assets.datasets import all_specs
 from md_assets.orchestration.archive_run import DATA_VERSION_TAG
-from md_assets.stages.status import INDEXED_STAGES
+from md_assets.orchestration.failed_checks import audited_keys
 
 TICK_EVENTS = 512
 """Materializations that a tick looks at; at the event log's pace of about 64 results a second they take half of it."""
@@ -322,7 +322,7 @@ class Audit:
         chain = self._chain(due)
         assert chain is not None and due.archive is not None
         before = state_of(chain, due.archive)
-        files, complete, fault = hash_files(chain[-1], due.archive, start, lambda: self._time_left(until_s))
+        files, complete, fault = hash_files(chain, due.archive, start, lambda: self._time_left(until_s))
         if fault is not None:
             again = before is None or before != state_of(chain, due.archive)
             return (None if again else fault), files, True
@@ -372,11 +372,5 @@ _LATER = Verdict(AUDITED, False, "left for the next tick")
 
 
 def audited_assets(specs: Iterable[DatasetSpec]) -> list[dg.AssetKey]:
-    """The assets that have the check `audited`: mds, latents, those of subsets, and the merged indexes of all these."""
-    names = [
-        (spec.slug, f"{stage}_{subset}" if subset else stage)
-        for spec in specs
-        for subset in ("", *(subset.name for subset in spec.subsets))
-        for stage in INDEXED_STAGES
-    ]
-    return [dg.AssetKey([slug, name + ending]) for slug, name in names for ending in ("", "_index")]
+    """The assets of these datasets that are audited."""
+    return [key for spec in specs for key in audited_keys(spec)]

@@ -137,7 +137,7 @@ def _result(
     """What came of a backfill that has ended."""
     data = backfill.get_asset_backfill_data(asset_graph)
     over = [dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
-    runs = instance.get_runs(dg.RunsFilter(tags={BACKFILL_ID_TAG: backfill.backfill_id}, statuses=over))
+    runs = instance.get_run_records(dg.RunsFilter(tags={BACKFILL_ID_TAG: backfill.backfill_id}, statuses=over))
     failed, unmade = [], []
     for asset in data.get_targeted_asset_keys_topological_order(asset_graph):
         progress = AssetProgress.of(data, asset)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import dagster as dg
@@ -23,7 +23,7 @@ from dagster._core.utils import make_new_backfill_id
 from md_assets.core.errors import SettingsError
 from md_assets.core.paths import ARCHIVE_STAGES, Stage
 from md_assets.core.spec import DatasetSpec
-from md_assets.orchestration.failures import failed_archives
+from md_assets.orchestration.failures import ATTEMPT_TAG, FailedArchive, causes
 from md_assets.orchestration.partitions import archive_partitions
 
 SMALL, WHOLE = "small subset", "whole"
@@ -67,12 +67,16 @@ class BackfillPlan:
         dataset: slug.
         assets: those that are made archive by archive; upstream first.
         whole: those that are made as a whole: captions that were never indexed, and merged indexes.
+        attempt: for how many times these archives are tried, without anybody having asked for it.
+        why: lines about the occasion.
     """
 
     title: str
     dataset: str
     assets: tuple[AssetPlan, ...]
     whole: tuple[dg.AssetKey, ...]
+    attempt: int = 1
+    why: tuple[str, ...] = ()
 
     @property
     def archives(self) -> int:
@@ -93,6 +97,7 @@ class BackfillPlan:
             yield line + (f"; {len(plan.left_out):,} left out, as their upstream is missing" if plan.left_out else "")
         for asset in self.whole:
             yield f"  {asset.to_user_string()}"
+        yield from (f"  {line}" for line in self.why)
 
     def launch(self, instance: dg.DagsterInstance, asset_graph: BaseAssetGraph) -> str:
         """Hand it to the instance, whose daemon carries it out; returns its ID."""
@@ -101,7 +106,7 @@ class BackfillPlan:
         backfill = PartitionBackfill.from_asset_graph_subset(
             backfill_id=make_new_backfill_id(),
             backfill_timestamp=time.time(),
-            tags={DATASET_TAG: self.dataset},
+            tags={DATASET_TAG: self.dataset, **({ATTEMPT_TAG: str(self.attempt)} if self.attempt > 1 else {})},
             dynamic_partitions_store=instance,
             asset_graph_subset=AssetGraphSubset.from_asset_partition_set(wanted, asset_graph),
             title=self.title,
@@ -143,17 +148,40 @@ def plan_failed(
     instance: dg.DagsterInstance,
     asset_graph: BaseAssetGraph,
     spec: DatasetSpec,
+    failed: Iterable[FailedArchive],
     stages: Sequence[Stage] = ARCHIVE_STAGES,
+    attempt: int = 1,
 ) -> BackfillPlan | None:
-    """Plan another attempt at what failed: each archive from the stage where it failed on; None if nothing failed."""
+    """Plan another attempt at what failed: each archive from the stage on where it failed, or where it must be begun.
+
+    Args:
+        failed: some or all that `orchestration.failures.all_failed` gives.
+        attempt: what to tag its runs with.
+
+    Returns: None if nothing failed in these stages.
+
+    Raises:
+        SettingsError: there is nothing that can be done.
+    """
+    assets = archive_assets(asset_graph, spec, stages)
+    indexes = _merged_indexes(asset_graph, spec, assets)
+    failed = [one for one in failed if one.asset in (*assets, *indexes)]
     wanted: dict[dg.AssetKey, tuple[str, ...]] = {}
-    for asset in archive_assets(asset_graph, spec, stages):
-        again = failed_archives(instance, asset_graph, spec, asset)
+    for asset in assets:
+        again = {one.archive for one in failed if asset in (one.asset, one.begin)}
         again = again.union(*(wanted.get(parent, ()) for parent in asset_graph.get(asset).parent_keys))
         if again:
             wanted[asset] = tuple(archive for archive in spec.archives if archive in again)
-    failed = _count(len(set().union(*wanted.values())), "failed archive")
-    return _plan(instance, asset_graph, spec, wanted, stages, failed) if wanted else None
+    unsound = tuple(index for index in indexes if any(one.asset == index for one in failed))
+    if not wanted and not unsound:
+        return None
+    if wanted:
+        what = _count(len(set().union(*wanted.values())), "failed archive")
+        plan = _plan(instance, asset_graph, spec, wanted, stages, what)
+        whole = (*plan.whole, *(index for index in unsound if index not in plan.whole))
+    else:
+        plan, whole = BackfillPlan(f"{spec.slug}: merged indexes", spec.slug, (), ()), unsound
+    return replace(plan, whole=whole, attempt=attempt, why=tuple(causes(failed)))
 
 
 def plan_merge(

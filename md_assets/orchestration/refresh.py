@@ -7,6 +7,7 @@ Here: the comparison with what was known before, the jobs `<ds>_refresh` and the
 itself (`orchestration.stage_runs`).
 """
 
+import posixpath
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import dagster as dg
 from md_assets.core.errors import MdAssetsError
 from md_assets.core.names import first_of
 from md_assets.core.paths import DataRoot
+from md_assets.core.source import HubFile, LinkedFile, WebFile
 from md_assets.core.spec import DatasetSpec
 from md_assets.orchestration.archive_run import DATA_VERSION_TAG
 from md_assets.orchestration.backfills import DATASET_TAG
@@ -117,6 +119,16 @@ def known_versions(instance: dg.DagsterInstance, spec: DatasetSpec) -> dict[str,
         dg.AssetKey([spec.slug, "archive"]), dg.DagsterEventType.ASSET_OBSERVATION, [DATA_VERSION_TAG]
     )
     return {archive: of[DATA_VERSION_TAG] for archive, of in tags.items() if archive and DATA_VERSION_TAG in of}
+
+
+def known_contents(instance: dg.DagsterInstance, spec: DatasetSpec) -> dict[str, str]:
+    """The same of those archives whose source tells their content: of others the name is observed."""
+    return {a: version for a, version in known_versions(instance, spec).items() if version != _file_name(spec, a)}
+
+
+def _file_name(spec: DatasetSpec, archive: str) -> str:
+    address: HubFile | WebFile | LinkedFile = spec.locate(archive)
+    return posixpath.basename(address.name if isinstance(address, LinkedFile) else address.path)
 
 
 def _fetched(root: DataRoot, spec: DatasetSpec, archive: str) -> str:

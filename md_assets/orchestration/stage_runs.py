@@ -20,7 +20,8 @@ from md_assets.core.paths import DataRoot, StageDir
 from md_assets.core.progress import ProgressLines
 from md_assets.core.settings import latents_settings, mds_settings, subset_settings
 from md_assets.core.spec import DatasetSpec, RawOnly, Subset
-from md_assets.orchestration.archive_run import ArchiveRun
+from md_assets.orchestration.archive_run import REASON_KEY, TRANSIENT_KEY, ArchiveRun
+from md_assets.orchestration.failed_checks import damaged_archives
 from md_assets.orchestration.metadata import archive_metadata, rejects_table
 from md_assets.orchestration.partitions import archives_of
 from md_assets.orchestration.refresh import find_changes
@@ -77,10 +78,11 @@ def fetch_archives(
     from md_assets.storage.image_pool import ImagePool
 
     sources, root, settings = hub.sources(), DataRoot.from_environment(), images.settings()
-    run = ArchiveRun(context, root.raw(spec.slug), None)
+    stage_dir = root.raw(spec.slug)
+    run = ArchiveRun(context, stage_dir, None)
     with ImagePool(images.num_workers) as pool:
         run.each(
-            archives_of(context, spec),
+            _archives(context, spec, stage_dir),
             lambda archive: fetch_archive(
                 spec,
                 archive,
@@ -104,9 +106,10 @@ def convert_archives(
     from md_assets.stages.mds import convert_archive
 
     root, settings = DataRoot.from_environment(), images.settings()
-    run = ArchiveRun(context, root.mds(spec.slug), root.raw(spec.slug))
+    stage_dir = root.mds(spec.slug)
+    run = ArchiveRun(context, stage_dir, root.raw(spec.slug))
     run.each(
-        archives_of(context, spec),
+        _archives(context, spec, stage_dir),
         lambda archive: convert_archive(
             spec, archive, root, settings, report=run.progress, on_wait=lambda: run.waiting(archive)
         ),
@@ -132,7 +135,7 @@ def encode_archives(
         plan = LatentsPlan(
             data_root=str(root.path),
             dataset=spec.slug,
-            archives=tuple(archives_of(context, spec)),
+            archives=tuple(_archives(context, spec, root.latents(spec.slug, encoders.tag()))),
             mds_settings=mds_settings(spec, images.settings()),
             encoders=encoders.settings(hub.client()),
             encoder_tag=encoders.tag(),
@@ -195,7 +198,7 @@ def _select(
     with _run_failures():
         subset_settings(whole_settings, subset)  # what would refuse every archive refuses the run
     run.each(
-        archives_of(context, spec),
+        _archives(context, spec, subset_dir),
         lambda archive: select_archive(
             subset,
             archive,
@@ -299,10 +302,27 @@ def _merge(spec: DatasetSpec, stage_dir: StageDir, settings: Mapping[str, Any]) 
     )
 
 
+def _archives(context: dg.AssetExecutionContext, spec: DatasetSpec, stage_dir: StageDir) -> list[str]:
+    """The archives of the run, in order. Of those that checks found damaged the ledgers are withdrawn, so that the run
+    makes them again instead of passing them over."""
+    from md_assets.stages.once import withdraw
+
+    archives, asset = archives_of(context, spec), dg.AssetKey([spec.slug, stage_dir.asset])
+    published = {archive for archive in archives if stage_dir.ledger(archive).exists()}
+    for failed in damaged_archives(context.instance, spec, asset, published):
+        here = failed.directory in ("", stage_dir.path.name)  # and not with other encoders
+        if here and withdraw(stage_dir, failed.archive, failed.at_s):
+            what = f"{failed.check} failed ({failed.what}); its ledger is withdrawn and it is made again"
+            context.log.warning(f"{asset.to_user_string()} {failed.archive}: {what}")
+    return archives
+
+
 @contextmanager
 def _run_failures() -> Iterator[None]:
     """An error that concerns the whole run, as Dagster's failure; retried if waiting may help."""
     try:
         yield
     except MdAssetsError as error:
-        raise dg.Failure(str(error), allow_retries=getattr(error, "transient", False)) from error
+        transient = getattr(error, "transient", False)
+        told = {REASON_KEY: getattr(error, "reason", "failed"), TRANSIENT_KEY: transient}
+        raise dg.Failure(str(error), metadata=told, allow_retries=transient) from error

@@ -21,7 +21,7 @@ from md_assets.core.ledger import Ledger
 from md_assets.core.names import first_of
 from md_assets.core.paths import StageDir
 from md_assets.core.spec import DatasetSpec
-from md_assets.core.verdict import AUDITED, Verdict
+from md_assets.core.verdict import AUDITED, BEGIN_FACT, DIRECTORY_FACT, STAGE_FACT, Verdict
 from md_assets.stages.index import METADATA_KEY, archive_folder
 from md_assets.stages.verify import latents_fault, listing_fault, promised_shapes, size_fault
 from md_assets.storage.mds import ledgered_files, row_count, spread_rows
@@ -80,22 +80,26 @@ def audit_archive(chain: Sequence[StageDir], archive: str, said: Said | None = N
         archive: its ID.
         said: what its run recorded, where that is known.
 
-    Returns: the verdict `audited`, with the first fault that was found; a fault of what was being made again meanwhile
-        is for the caller to tell, see `state_of`.
+    Returns: the verdict `audited`, with the first fault that was found and the stage in which it lies; a fault of what
+        was being made again meanwhile is for the caller to tell, see `state_of`.
     """
-    stage_dir = chain[-1]
+    stage_dir = at = chain[-1]
+    ledgers: list[Ledger] = []
+    decoded = 0
     try:
-        ledgers = [_ledger(step, archive) for step in chain]
-        decoded = 0
-        fault = _said_fault(ledgers[-1], said) or _chain_fault(chain, ledgers)
+        for at in chain:
+            ledgers.append(_ledger(at, archive))
+        fault = _said_fault(ledgers[-1], said)
+        if not fault:
+            at, fault = _chain_fault(chain, ledgers)
         if not fault and not ledgers[-1].pruned:
             fault = size_fault(stage_dir, ledgers[-1]) or _shards_fault(stage_dir, ledgers[-1])
             if not fault:
-                decoded, fault = _decode(chain, ledgers)
+                decoded, at, fault = _decode(chain, ledgers)
     except _UNSOUND as error:
         fault = f"{error!s} is missing" if isinstance(error, KeyError) else str(error)
     if fault:
-        return Verdict(AUDITED, False, one_line(fault), {"remedy": _remedy(stage_dir)})
+        return _failed(chain, archive, at, fault)
     own = ledgers[-1]
     facts = {"rows": own.kept, "rows_decoded": decoded, "bytes": own.bytes_out, "stages": " → ".join(_names(chain))}
     if own.pruned:
@@ -104,16 +108,18 @@ def audit_archive(chain: Sequence[StageDir], archive: str, said: Said | None = N
 
 
 def hash_files(
-    stage_dir: StageDir, archive: str, start: int, go_on: Callable[[], bool]
+    chain: Sequence[StageDir], archive: str, start: int, go_on: Callable[[], bool]
 ) -> tuple[int, bool, Verdict | None]:
     """Compare the bytes of an archive with the hashes of its ledger, file by file.
 
     Args:
+        chain: as for `audit_archive`; the bytes are those of the last stage.
         start: files that were compared before.
         go_on: asked before each file whether there is time for it.
 
     Returns: files compared so far, whether these are all, and the verdict if one differs.
     """
+    stage_dir = chain[-1]
     try:
         ledger = _ledger(stage_dir, archive)
         files = () if ledger.pruned else ledger.files
@@ -123,9 +129,9 @@ def hash_files(
             path = stage_dir.path / files[number].path
             if output_file(path, files[number].path) != files[number]:
                 what = f"{path} does not hash to what its ledger says"
-                return number, True, Verdict(AUDITED, False, what, {"remedy": _remedy(stage_dir)})
+                return number, True, _failed(chain, archive, stage_dir, what)
     except _UNSOUND as error:
-        return start, True, Verdict(AUDITED, False, one_line(str(error)), {"remedy": _remedy(stage_dir)})
+        return start, True, _failed(chain, archive, stage_dir, str(error))
     return len(files), True, None
 
 
@@ -151,7 +157,8 @@ def audit_index(stage_dir: StageDir, spec: DatasetSpec, merged_s: float) -> Verd
             listed, samples = listed + of_split.listed, samples + of_split.samples
     except _UNSOUND as error:
         faults.append(f"{error!s} is missing" if isinstance(error, KeyError) else str(error))
-    remedy = {"remedy": f"Materialize {spec.slug}/{stage_dir.asset}_index"}
+    asset = f"{stage_dir.asset}_index"
+    remedy = {"remedy": f"Materialize {spec.slug}/{asset}", STAGE_FACT: asset, BEGIN_FACT: asset}
     if not found:
         return Verdict(AUDITED, False, f"there is no merged index below {stage_dir.path}", remedy)
     if faults:
@@ -226,21 +233,21 @@ def _said_fault(ledger: Ledger, said: Said | None) -> str | None:
     return None
 
 
-def _chain_fault(chain: Sequence[StageDir], ledgers: Sequence[Ledger]) -> str | None:
-    """What does not follow from stage to stage: counts, settings, contents."""
+def _chain_fault(chain: Sequence[StageDir], ledgers: Sequence[Ledger]) -> tuple[StageDir, str | None]:
+    """What does not follow from stage to stage, and in which of them: counts, settings, contents."""
     for number, (step, ledger) in enumerate(zip(chain, ledgers, strict=True)):
         if not ledger.balances:
             rejected = ledger.rejected_count
-            return f"{step.asset}: {ledger.read} read, but {ledger.kept} kept + {rejected} rejected"
+            return step, f"{step.asset}: {ledger.read} read, but {ledger.kept} kept + {rejected} rejected"
         if number:
             upstream, before = chain[number - 1], ledgers[number - 1]
             if ledger.read != before.kept:
-                return f"{upstream.asset} kept {before.kept}, {step.asset} read {ledger.read}"
+                return step, f"{upstream.asset} kept {before.kept}, {step.asset} read {ledger.read}"
             if any(ledger.settings.get(name) != value for name, value in before.settings.items()):
-                return f"{step.asset} was made with other settings than {upstream.asset}"
+                return step, f"{step.asset} was made with other settings than {upstream.asset}"
             if ledger.inputs.get(upstream.stage) != before.content_id:
-                return f"{step.asset} was made of another {upstream.asset} than the one that is there"
-    return None
+                return step, f"{step.asset} was made of another {upstream.asset} than the one that is there"
+    return chain[-1], None
 
 
 def _shards_fault(stage_dir: StageDir, ledger: Ledger) -> str | None:
@@ -254,10 +261,10 @@ def _shards_fault(stage_dir: StageDir, ledger: Ledger) -> str | None:
     return None
 
 
-def _decode(chain: Sequence[StageDir], ledgers: Sequence[Ledger]) -> tuple[int, str | None]:
+def _decode(chain: Sequence[StageDir], ledgers: Sequence[Ledger]) -> tuple[int, StageDir, str | None]:
     """Decode every 100th row; of latents also compare it with the row of mds that it was made of.
 
-    Returns: rows decoded, and the first fault.
+    Returns: rows decoded, the first fault, and before it the stage in which it lies.
     """
     stage_dir, ledger = chain[-1], ledgers[-1]
     count = -(-ledger.kept // ROWS_PER_DECODED) + 1
@@ -271,13 +278,17 @@ def _decode(chain: Sequence[StageDir], ledgers: Sequence[Ledger]) -> tuple[int, 
         if shapes:
             fault = latents_fault(row, shapes, ledger.details["dtype"])
             if not fault and origins is not None:
-                fault = _origin_fault(row, next(origins))
+                try:
+                    origin = next(origins)
+                except _UNSOUND as error:
+                    return decoded, chain[-2], f"{chain[-2].asset}, the row of sample {row['key']}: {error}"
+                fault = _origin_fault(row, origin)
         else:
             fault = _picture_fault(row)
         if fault:
-            return decoded, f"{stage_dir.asset}, sample {row.get('key')}: {fault}"
+            return decoded, stage_dir, f"{stage_dir.asset}, sample {row.get('key')}: {fault}"
         decoded += 1
-    return decoded, None
+    return decoded, stage_dir, None
 
 
 def _origin_fault(row: Mapping[str, Any], origin: Mapping[str, Any]) -> str | None:
@@ -324,5 +335,20 @@ def _counts(ledgers: Sequence[Ledger]) -> str:
     return f"{ledgers[0].read} read, kept {' → '.join(str(ledger.kept) for ledger in ledgers)}"
 
 
-def _remedy(stage_dir: StageDir) -> str:
-    return f"md-assets backfill {stage_dir.dataset} --failed"
+def _failed(chain: Sequence[StageDir], archive: str, at: StageDir, fault: str) -> Verdict:
+    """The verdict on a fault that lies in the stage `at`.
+
+    What the stage reads must be there to make the archive again, so stages before it that were pruned come first.
+    """
+    begin = chain.index(at)
+    while begin and _is_pruned(chain[begin - 1], archive):
+        begin -= 1
+    facts = {STAGE_FACT: at.asset, BEGIN_FACT: chain[begin].asset, DIRECTORY_FACT: at.path.name}
+    return Verdict(AUDITED, False, one_line(fault), {"remedy": f"md-assets backfill {at.dataset} --failed", **facts})
+
+
+def _is_pruned(stage_dir: StageDir, archive: str) -> bool:
+    try:
+        return _ledger(stage_dir, archive).pruned is not None
+    except _UNSOUND:
+        return False

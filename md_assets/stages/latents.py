@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from md_assets.core.errors import ArchiveError, MdAssetsError
 from md_assets.core.ledger import Ledger
 from md_assets.core.paths import DataRoot, StageDir
 from md_assets.core.settings import EncoderSettings, latents_settings
+from md_assets.stages.latent_statistics import ENCODED_AT, STATISTICS, LatentStatistics
 from md_assets.stages.once import archive_errors, current, refuse_pruned, upstream_ledger, versions_of
 from md_assets.storage.mds import Shard, ShardWriter, ledgered_files, read_index, spread_rows
 from md_assets.storage.publish import BusyError, publish, scratch, with_files, workspace
@@ -266,6 +268,7 @@ class _Claim:
         self._own, self._release = own, release
         self._started = time.monotonic()
         self._writer: ShardWriter | None = None
+        self._statistics = LatentStatistics()
         self._progress_at = self._progress_rows = 0.0
         self._rows_at_once: int | None = None
         self._ended = False
@@ -281,6 +284,7 @@ class _Claim:
             writer = self._open_writer()
             for row in encoded.rows():
                 writer.write(row)
+            self._statistics.add(encoded.values(), encoded.batch.tokens.attended_B.tolist())
             self._report_progress(writer.row_count)
         except Exception as error:
             self.fail(error)
@@ -359,6 +363,8 @@ class _Claim:
 
     def _ledger(self, writer: ShardWriter, round_trip: Mapping[str, Any]) -> Ledger:
         details = {**self._encoders.layout(), "batch_size": self._plan.batch_size, "round_trip": round_trip}
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        details |= {STATISTICS: self._statistics.as_details(), ENCODED_AT: now}
         if self._rows_at_once is not None:
             details["out_of_memory"] = f"batches were cut to {self._rows_at_once} rows, which fit into the memory"
         ledger = Ledger(
@@ -387,10 +393,5 @@ def _failed(dataset: str, archive: str, error: Exception) -> dict[str, Any]:
         with archive_errors(dataset, archive):
             raise error
     except ArchiveError as known:
-        return {
-            "event": "failed",
-            "archive": archive,
-            "error": str(known),
-            "reason": known.reason,
-            "transient": known.transient,
-        }
+        said = {"error": str(known), "reason": known.reason, "transient": known.transient}
+        return {"event": "failed", "archive": archive, **said}

@@ -20,7 +20,14 @@ from md_assets.core.errors import ArchiveError, CorruptArchiveError, MdAssetsErr
 from md_assets.core.ledger import Ledger
 from md_assets.core.paths import StageDir
 from md_assets.core.settings import fingerprint
-from md_assets.storage.publish import clear_leftovers, publish, read_ledger, workspace
+from md_assets.storage.publish import (
+    BusyError,
+    clear_leftovers,
+    fsync_directory,
+    publish,
+    read_ledger,
+    workspace,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -163,6 +170,28 @@ def once(
         made = make(own)
         ledger = replace(made.ledger, seconds=round(time.monotonic() - started, 3))
         return Outcome(publish(stage_dir, made.data, ledger), passed_over=False)
+
+
+def withdraw(stage_dir: StageDir, archive: str, found_s: float) -> bool:
+    """Take back the ledger of an archive that was found damaged: its data do not exist any more for any reader, and
+    whoever asks for the archive next makes it again.
+
+    Args:
+        found_s: when it was found, Unix time. A ledger that is newer describes other data and stays, as does that of an
+            archive on which another process works.
+
+    Returns: whether there was such a ledger.
+    """
+    ledger_path = stage_dir.ledger(archive)
+    try:
+        with workspace(ledger_path, wait=False):
+            if not ledger_path.exists() or ledger_path.stat().st_mtime >= found_s:
+                return False
+            ledger_path.unlink()
+            fsync_directory(ledger_path.parent)
+            return True
+    except BusyError:
+        return False
 
 
 @contextmanager

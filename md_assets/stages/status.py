@@ -8,7 +8,7 @@ Here: reading and adding up. Not here: showing it (`terminal`), why an archive i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ INDEXED_STAGES: tuple[Stage, ...] = ("mds", "latents")
 
 @dataclass(frozen=True)
 class StageTotals:
-    """One stage of one dataset: `archives = done + stale + pruned + missing`.
+    """One stage of one dataset: `archives = done + failed + stale + pruned + missing`.
 
     Attributes:
         stage: the stage's directory below the dataset's, e.g. `mds_latents_sdxl1_dfnclipH14`.
@@ -37,12 +37,13 @@ class StageTotals:
         stale: published, but not so.
         pruned: removed on purpose.
         missing: not published, or not whole.
-        read, kept: samples of all that are done, stale or pruned.
+        read, kept: samples of all that have a ledger.
         rejected: the same, by reason.
         bytes_out: published bytes that are there.
         bytes_freed: bytes that were pruned.
         seconds: of work.
         stale_groups: why archives are stale.
+        failed: last failed, as Dagster's records say, whatever is published of them; None where these are not known.
     """
 
     stage: str
@@ -58,6 +59,7 @@ class StageTotals:
     bytes_freed: int = 0
     seconds: float = 0.0
     stale_groups: tuple[StaleGroup, ...] = ()
+    failed: int | None = None
 
     def as_json(self) -> dict[str, Any]:
         """For scripts: these keys stay. Each of `stale_because` has a `setting` or an `input`, and its archives."""
@@ -69,7 +71,7 @@ class StageTotals:
             else:
                 what = {"setting": difference.what, "found": difference.found, "wanted": difference.wanted}
             because.append({**what, "archives": list(group.archives)})
-        counts = ("archives", "done", "stale", "pruned", "missing", "read", "kept")
+        counts = ("archives", "done", "failed", "stale", "pruned", "missing", "read", "kept")
         return {
             "stage": self.stage,
             **{name: getattr(self, name) for name in counts},
@@ -113,23 +115,34 @@ def recorded_ledgers(spec: DatasetSpec, stage_dir: StageDir) -> Iterator[Ledger]
             yield ledger
 
 
-def dataset_totals(spec: DatasetSpec, root: DataRoot, wanted: WantedSettings) -> list[StageTotals]:
+def dataset_totals(
+    spec: DatasetSpec,
+    root: DataRoot,
+    wanted: WantedSettings,
+    failed: Mapping[str, Collection[str]] | None = None,
+    observed: Mapping[str, str] | None = None,
+) -> list[StageTotals]:
     """The totals of each stage of a dataset, and of what it has beside its archives.
 
     Args:
         wanted: archives made with other settings are stale, like those whose upstream has another content now.
+        failed: a stage's directory -> archives that failed there last; None where that is not known.
+        observed: archive -> content id that its source had when it was observed last, as far as that is known.
     """
     totals = []
     contents: dict[Path, dict[str, str]] = {}
     annotations = _annotation_contents(spec, root)
     for stage_dir, upstream in stages_of(root, spec):
-        adding = _Adding(stage_dir, wanted.of(spec, stage_dir))
+        of_stage = None if failed is None else failed.get(stage_dir.path.name, ())
+        adding = _Adding(stage_dir, wanted.of(spec, stage_dir), of_stage)
         contents[stage_dir.path] = here = {}
         before = contents[upstream.path] if upstream else {}
         for archive in spec.archives:
             now: dict[str, str] = {}
             if upstream and archive in before:
                 now[upstream.stage] = before[archive]
+            if upstream is None and observed and archive in observed:
+                now["archive"] = observed[archive]
             source = spec.annotation_of(archive) if stage_dir.stage == "mds" else None
             if source and source.name in annotations:
                 now["annotations"] = annotations[source.name]
@@ -156,7 +169,7 @@ def _beside(spec: DatasetSpec, root: DataRoot, wanted: WantedSettings, asset: st
 def _annotation_contents(spec: DatasetSpec, root: DataRoot) -> dict[str, str]:
     found = {}
     for source in spec.annotations:
-        numbers = _whole_numbers(root.annotations(spec.slug), source.name)
+        numbers = whole_numbers(root.annotations(spec.slug), source.name)
         if numbers:
             found[source.name] = numbers.content_id
     return found
@@ -168,11 +181,13 @@ class _Adding:
     Args:
         stage_dir: where they are.
         wanted: the settings.
+        failed: archives that failed last; None where that is not known.
     """
 
-    def __init__(self, stage_dir: StageDir, wanted: Mapping[str, Any]) -> None:
+    def __init__(self, stage_dir: StageDir, wanted: Mapping[str, Any], failed: Collection[str] | None = None) -> None:
         self._stage_dir = stage_dir
         self._wanted = wanted
+        self._failed = failed
         self._differences: dict[str, tuple[Difference, ...]] = {}
         self._stale: dict[str, tuple[Difference, list[str]]] = {}
         self._counts: Counter[str] = Counter()
@@ -181,11 +196,13 @@ class _Adding:
 
     def add(self, archive: str, inputs_now: Mapping[str, str]) -> LedgerNumbers | None:
         """Add an archive, if it is there."""
-        numbers = _whole_numbers(self._stage_dir, archive)
+        numbers = whole_numbers(self._stage_dir, archive)
         if numbers is None:
             return None
         differences = self._of_settings(numbers) + changed_inputs(numbers.inputs, inputs_now)
         state = "pruned" if numbers.pruned else "stale" if differences else "done"
+        if archive in (self._failed or ()):
+            state = "failed"
         if state == "stale":
             for difference in differences:
                 self._stale.setdefault(repr(difference), (difference, []))[1].append(archive)
@@ -220,7 +237,9 @@ class _Adding:
             stage: what to call it.
             archives: how many there are in all.
         """
-        found = sum(self._counts[state] for state in ("done", "stale", "pruned"))
+        failed = None if self._failed is None else len(self._failed)  # with those that have no ledger
+        counts: dict[str, Any] = {**self._counts, "failed": failed}
+        found = sum(self._counts[state] for state in ("done", "stale", "pruned")) + (failed or 0)
         groups = tuple(StaleGroup(difference, tuple(ids)) for difference, ids in self._stale.values())
         return StageTotals(
             stage=stage,
@@ -229,11 +248,11 @@ class _Adding:
             rejected=self._rejected,
             seconds=self._seconds,
             stale_groups=groups,
-            **self._counts,
+            **counts,
         )
 
 
-def _whole_numbers(stage_dir: StageDir, archive: str) -> LedgerNumbers | None:
+def whole_numbers(stage_dir: StageDir, archive: str) -> LedgerNumbers | None:
     """The numbers of an archive that is published or pruned; see `stages.once.recorded`."""
     try:
         numbers = read_numbers(stage_dir.ledger(archive))

@@ -4,24 +4,29 @@ Here: entries, their integrity, and a single file in a tar. Not here: other cont
 raw tars, see `storage.raw_tar`.
 
 tarfile reads the headers, except those of plain files, nearly all there are: with tarfile alone 11 million one-line
-files take 20 minutes, so these are read here, by the same rules (POSIX.1-1988, ustar).
+files take 20 minutes, so these are read here, by the same rules (POSIX.1-1988, ustar). isal unpacks gzip in a quarter
+of the standard library's time.
 """
 
 from __future__ import annotations
 
-import gzip
 import tarfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
+
+from isal import igzip, isal_zlib
 
 from md_assets.core.errors import CorruptArchiveError
 from md_assets.core.ledger import Reason
 from md_assets.core.names import refused_name, safe_name
 from md_assets.core.spec import Member
 from md_assets.storage.container import BLOCK_BYTES, REFETCH, Broken, broken_as_corrupt, is_web_page
+
+# isal's own types are incomplete.
+_gunzip: Any = igzip.GzipFile
+_IsalError = cast("type[Exception]", isal_zlib.error)
 
 GZIP_MAGIC = b"\x1f\x8b"
 """RFC 1952, section 2.3.1."""
@@ -240,7 +245,7 @@ def _open_tar(path: Path) -> Iterator[tuple[tarfile.TarFile, IO[bytes]]]:
                 raise Broken("truncated", "it is empty")
             if is_web_page(start) and start[257:262] != tarfile.POSIX_MAGIC[:5]:
                 raise Broken("not_an_archive", "it is a web page")
-            stream = cast(IO[bytes], gzip.GzipFile(fileobj=file)) if start.startswith(GZIP_MAGIC) else file
+            stream = cast(IO[bytes], _gunzip(fileobj=file)) if start.startswith(GZIP_MAGIC) else file
             with _header_errors():
                 # errors: names that are not UTF-8 come as surrogates, which safe_name encodes.
                 tar = tarfile.TarFile(
@@ -256,5 +261,5 @@ def _open_tar(path: Path) -> Iterator[tuple[tarfile.TarFile, IO[bytes]]]:
         except tarfile.ReadError as error:
             cut = "unexpected end of data" in str(error)
             raise Broken("truncated" if cut else "corrupt", str(error)) from error
-        except (tarfile.TarError, zlib.error, gzip.BadGzipFile) as error:
+        except (tarfile.TarError, _IsalError, igzip.BadGzipFile) as error:
             raise Broken("corrupt", str(error)) from error

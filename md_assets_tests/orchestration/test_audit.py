@@ -22,11 +22,13 @@ from md_assets.definitions import defs
 from md_assets.demo.walkthrough import failure_of
 from md_assets.orchestration.archive_run import DATA_VERSION_TAG
 from md_assets.orchestration.audit import Audit, Cursor, audit_sensor, audited_assets
-from md_assets.orchestration.failures import failed_archives
+from md_assets.orchestration.backfills import plan_failed
+from md_assets.orchestration.failures import all_failed
 from md_assets.orchestration.metadata import archive_metadata
 from md_assets.stages.index import merge_indexes
 from md_assets.storage.publish import workspace
 from md_assets_tests.orchestration.conftest import Platform
+from md_assets_tests.orchestration.test_failures import started_run
 from md_assets_tests.stages.made_chain import TAG, ledger_of
 from md_assets_tests.stages.sound_archives import mds_row, publish
 
@@ -155,7 +157,6 @@ def test_what_is_just_being_stored_waits(world: World) -> None:
 
 
 def test_a_damaged_archive_counts_as_failed_until_it_is_sound_again(world: World) -> None:
-    graph = defs.resolve_asset_graph()
     world.record(MDS, *ARCHIVES)
     world.cut("train/001")
 
@@ -164,13 +165,15 @@ def test_a_damaged_archive_counts_as_failed_until_it_is_sound_again(world: World
     assert world.passed() == {"train/000": True, "train/001": False, "valid/000": True}
     (line,) = audit.faults
     assert line.startswith("jdb/mds train/001: ") and "its ledger says" in line
-    assert failed_archives(world.instance, graph, JDB, MDS) == {"train/001"}
+    (failed,) = all_failed(world.instance, JDB)
+    assert (failed.asset, failed.archive, failed.reason, failed.transient) == (MDS, "train/001", AUDITED, True)
+    assert failed.why.startswith("jdb train/001: audited: ") and "its ledger says" in failed.why
     assert world.checks()["train/001"].metadata["remedy"].value == "md-assets backfill jdb --failed"
 
     world.publish("train/001")
     world.record(MDS, "train/001")
     world.tick()
-    assert failed_archives(world.instance, graph, JDB, MDS) == set()
+    assert all_failed(world.instance, JDB) == []
 
 
 def test_bytes_that_there_was_no_time_for_are_hashed_later(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,6 +257,24 @@ def test_results_stand_with_the_run_that_published(world: World) -> None:
     assert target is not None and target.run_id == run_id and target.storage_id == world.cursor.audited
 
 
+def test_an_archive_has_one_result_however_often_it_is_audited(world: World) -> None:
+    """In the row that its run has planned for it, which is what the UI shows."""
+    key, found = dg.AssetCheckKey(MDS, AUDITED), []
+    run = started_run(world.instance, MDS, "train/000")
+    world.record(MDS, "train/000", run_id=run.run_id)
+    whole = world.shard("train/000").read_bytes()
+    storage = world.instance.event_log_storage
+    for content in (None, whole, whole[:-1], whole):
+        if content is not None:
+            world.shard("train/000").write_bytes(content)
+            world.cursor = Cursor()
+            world.tick()
+        (info,) = storage.get_asset_check_partition_info([key])
+        found.append(info.latest_execution_status.value)
+        assert len(storage.get_asset_check_execution_history(key, limit=9)) == 1
+    assert found == ["PLANNED", "SUCCEEDED", "FAILED", "SUCCEEDED"]
+
+
 def test_what_was_reported_by_hand_is_audited_as_often_as_it_is_reported(world: World) -> None:
     """Dagster itself can store one result without a run for each partition, not two."""
     for _ in range(2):
@@ -296,6 +317,44 @@ def test_what_real_runs_publish_is_sound(platform: Platform) -> None:
     for asset in (MDS, MDS_INDEX):  # in the rows that the runs planned, not beside them
         records = history(dg.AssetCheckKey(asset, AUDITED), limit=10)
         assert [record.status.value for record in records] == ["SUCCEEDED"] * (2 if asset == MDS else 1)
+
+
+def test_what_the_audit_finds_is_made_again_where_the_fault_lies_and_passes(platform: Platform) -> None:
+    platform.up_to("mds", "train/000", "train/001")
+    (shard,) = platform.dir("mds").data("train/000").glob("*.mds")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    raw_ledger = platform.dir("raw").ledger("train/001")
+    raw_ledger.write_text(raw_ledger.read_text().replace('"kept": 7', '"kept": 8'))
+    ledgers = {(s, a): platform.dir(s).ledger(a) for s in ("raw", "mds") for a in ("train/000", "train/001")}
+    before = {which: path.stat().st_ino for which, path in ledgers.items()}
+    audit = Audit(platform.instance, [JDB], platform.sandbox.data, Cursor(), settle_s=0)
+    audit.run()
+    world = World(platform.sandbox.data, platform.instance)
+    assert world.passed() == {"train/000": False, "train/001": False}
+
+    failed = all_failed(platform.instance, JDB)
+    assert [(one.asset.path[-1], one.archive, one.transient) for one in failed] == [
+        ("raw", "train/001", True),
+        ("mds", "train/000", True),
+    ]
+    plan = plan_failed(platform.instance, defs.resolve_asset_graph(), JDB, failed, ("raw", "mds"))
+    assert plan is not None
+    assert [(one.asset.path[-1], one.archives) for one in plan.assets] == [
+        ("raw", ("train/001",)),
+        ("mds", ("train/000", "train/001")),
+    ]
+    for one in plan.assets:
+        result = platform.run(one.asset.to_user_string(), *one.archives)
+        assert result.success, failure_of(result)
+
+    made_again = [which for which, path in ledgers.items() if path.stat().st_ino != before[which]]
+    assert made_again == [("raw", "train/001"), ("mds", "train/000")]
+    assert all_failed(platform.instance, JDB) == []
+    audit = Audit(platform.instance, [JDB], platform.sandbox.data, audit.cursor, settle_s=0)
+    audit.run()
+    assert audit.faults == [] and world.passed() == {"train/000": True, "train/001": True}
 
 
 def test_an_audit_does_not_import_torch(world: World) -> None:

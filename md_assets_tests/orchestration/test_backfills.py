@@ -26,6 +26,7 @@ from md_assets.orchestration.backfills import (
     plan_merge,
     ui_path,
 )
+from md_assets.orchestration.failures import ATTEMPT_TAG, FailedArchive
 
 GRAPH = defs.resolve_asset_graph()
 RAW, MDS, LATENTS = (dg.AssetKey(["jdb", stage]) for stage in ("raw", "mds", "latents"))
@@ -161,8 +162,52 @@ def test_what_is_launched_is_what_was_planned(instance: dg.DagsterInstance) -> N
     assert ui_path(backfill.backfill_id) == f"/runs/b/{backfill.backfill_id}"
 
 
+def failure(asset: dg.AssetKey, archive: str, begin: dg.AssetKey | None = None) -> FailedArchive:
+    return FailedArchive(f"jdb {archive}: why", "timeout", True, asset, archive, 1, 0.0, begin or asset)
+
+
+def test_what_failed_is_made_again_from_there_on(instance: dg.DagsterInstance) -> None:
+    record(instance, RAW, "train/001", "train/002")
+    record(instance, MDS, "train/002")
+    failed = [failure(RAW, "train/000"), failure(MDS, "train/001"), failure(LATENTS, "train/002")]
+
+    plan = plan_failed(instance, GRAPH, SPEC, failed)
+
+    assert plan is not None and [(p.asset, p.archives) for p in plan.assets] == [
+        (RAW, ("train/000",)),
+        (MDS, ("train/000", "train/001")),
+        (LATENTS, ("train/000", "train/001", "train/002")),
+    ]
+    assert plan.title == "jdb: 3 failed archives, raw, mds, latents"
+    assert list(plan.lines())[-1] == "  3 may pass: timeout 3"
+    only = plan_failed(instance, GRAPH, SPEC, failed, ("mds",))
+    assert only is not None and [(p.asset, p.archives) for p in only.assets] == [(MDS, ("train/001",))]
+
+
+def test_what_lacks_its_upstream_begins_there(instance: dg.DagsterInstance) -> None:
+    for asset in (RAW, MDS, LATENTS):
+        record(instance, asset, "train/000")
+    plan = plan_failed(instance, GRAPH, SPEC, [failure(LATENTS, "train/000", begin=RAW)])
+    assert plan is not None and [p.asset for p in plan.assets] == [RAW, MDS, LATENTS]
+
+
+def test_another_attempt_says_which_it_is(instance: dg.DagsterInstance) -> None:
+    plan = plan_failed(instance, GRAPH, SPEC, [failure(RAW, "train/000")], attempt=3)
+    assert plan is not None
+    backfill = instance.get_backfill(plan.launch(instance, GRAPH))
+    assert backfill is not None and backfill.tags == {DATASET_TAG: "jdb", ATTEMPT_TAG: "3"}
+
+
+def test_a_merged_index_is_merged_again(instance: dg.DagsterInstance) -> None:
+    plan = plan_failed(instance, GRAPH, SPEC, [failure(LATENTS_INDEX, "")])
+    assert plan is not None and (plan.assets, plan.whole, plan.runs) == ((), (LATENTS_INDEX,), 1)
+    plan = plan_failed(instance, GRAPH, SPEC, [failure(LATENTS_INDEX, ""), failure(RAW, "train/000")])
+    assert plan is not None and plan.whole == (ANNOTATIONS, MDS_INDEX, LATENTS_INDEX)
+
+
 def test_nothing_failed_is_no_plan(instance: dg.DagsterInstance) -> None:
-    assert plan_failed(instance, GRAPH, SPEC) is None
+    assert plan_failed(instance, GRAPH, SPEC, []) is None
+    assert plan_failed(instance, GRAPH, SPEC, [failure(RAW, "train/000")], ("mds",)) is None
 
 
 def test_indexes_are_merged_only_over_something(instance: dg.DagsterInstance) -> None:

@@ -1,5 +1,6 @@
 """Weekly refreshes against a loopback Hub where archives changed, appeared and vanished."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from md_assets.cli import DONE, main
 from md_assets.datasets import all_specs
 from md_assets.datasets.jdb import SPEC
 from md_assets.definitions import defs
@@ -92,6 +94,53 @@ def test_a_failing_source_fails_the_run_and_changes_nothing(platform: Platform) 
     result = defs.resolve_job_def("jdb_refresh").execute_in_process(instance=platform.instance, raise_on_error=False)
     assert not result.success and "JourneyDB/JourneyDB" in failure_of(result)
     assert known_versions(platform.instance, SPEC) == before
+
+
+def requested(platform: Platform, cursor: Any = None) -> tuple[dict[str, set[str]], Any]:
+    """What automation asks for in a tick, by asset, and its cursor."""
+    jdb = dg.AssetSelection.groups("jdb")
+    tick = dg.evaluate_automation_conditions(defs, platform.instance, jdb, cursor=cursor)
+    asked = {one.key.path[-1]: tick.get_requested_partitions(one.key) for one in tick.results}
+    return {asset: {partition or "" for partition in of} for asset, of in asked.items() if of}, tick.cursor
+
+
+def stale(capsys: pytest.CaptureFixture[str], stage: str) -> tuple[int, int, list[Any]]:
+    """Archives of a stage that are done and stale, and why, as `md-assets status` says."""
+    capsys.readouterr()
+    assert main(["status", "jdb", "--json"]) == DONE
+    (dataset,) = json.loads(capsys.readouterr().out)["datasets"]
+    (numbers,) = [of for of in dataset["stages"] if of["stage"] == stage]
+    return numbers["done"], numbers["stale"], numbers["stale_because"]
+
+
+def test_what_changed_is_stale_and_asked_for_again_by_automation(
+    platform: Platform, capsys: pytest.CaptureFixture[str]
+) -> None:
+    platform.up_to("mds", "train/000", "train/001")
+    assert platform.run("jdb/raw", "valid/001").success
+    assert platform.run("jdb/mds", "valid/001").success
+    assert platform.run("jdb/mds_index").success
+    refresh(platform)
+    asked, cursor = requested(platform)
+    assert asked == {"latents": {"train/000", "train/001", "valid/001"}}
+    assert stale(capsys, "raw") == (3, 0, [])
+
+    shutil.copyfile(upstream(platform, "valid/000"), upstream(platform, "train/001"))
+    shutil.copyfile(upstream(platform, "train/000"), upstream(platform, "train/002"))
+    upstream(platform, "valid/001").unlink()
+    refresh(platform)
+
+    assert stale(capsys, "raw") == (2, 1, [{"input": "archive", "archives": ["train/001"]}])
+    asked, cursor = requested(platform, cursor)
+    assert asked == {"raw": {"train/001", "train/002"}}
+    assert platform.run("jdb/raw", "train/001", "train/002").success
+    assert stale(capsys, "raw") == (4, 0, [])
+    assert stale(capsys, "mds") == (2, 1, [{"input": "raw", "archives": ["train/001"]}])
+    asked, cursor = requested(platform, cursor)
+    assert asked == {"mds": {"train/001", "train/002"}}
+    # What vanished at the source stays as it was made.
+    assert platform.materialized("jdb/mds") == {"train/000", "train/001", "valid/001"}
+    assert platform.dir("raw").data("valid/001").exists() and platform.dir("mds").data("valid/001").exists()
 
 
 def test_many_archives_are_counted_and_some_named() -> None:

@@ -14,7 +14,7 @@ import pytest
 from md_assets.core.ledger import Ledger, Pruned
 from md_assets.core.paths import DataRoot, StageDir
 from md_assets.core.settings import ImageSettings, mds_settings
-from md_assets.core.verdict import AUDITED, Verdict
+from md_assets.core.verdict import AUDITED, BEGIN_FACT, DIRECTORY_FACT, STAGE_FACT, Verdict
 from md_assets.datasets.cc12m import SPEC as CC12M
 from md_assets.datasets.jdb import SPEC as JDB
 from md_assets.stages.audit import Said, audit_archive, audit_index, chain_to, hash_files, state_of
@@ -82,7 +82,7 @@ def shard(root: DataRoot, stage: str) -> Path:
 
 
 def hashed(root: DataRoot, stage: str, start: int = 0, go_on: Callable[[], bool] = lambda: True) -> Any:
-    return hash_files(step(root, stage), ARCHIVE, start, go_on)
+    return hash_files(chain_to(stages_of(root, JDB), step(root, stage)), ARCHIVE, start, go_on)
 
 
 @pytest.mark.parametrize("stage", ["mds", "latents"])
@@ -227,6 +227,40 @@ def test_a_stage_made_of_another_content_than_there_is(root: DataRoot) -> None:
 def test_a_missing_stage(root: DataRoot) -> None:
     step(root, "raw").ledger(ARCHIVE).unlink()
     assert audit(root, "latents").what == "raw is not published"
+
+
+def at_fault(verdict: Verdict) -> tuple[str, str, str]:
+    assert not verdict.passed
+    return tuple(verdict.facts[name] for name in (STAGE_FACT, BEGIN_FACT, DIRECTORY_FACT))  # type: ignore[return-value]
+
+
+def test_the_stage_in_which_a_fault_lies_is_named(root: DataRoot) -> None:
+    latents, directory = step(root, "latents"), f"mds_latents_{TAG}"
+    content = shard(root, "latents").read_bytes()
+    shard(root, "latents").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    _, _, hashing = hashed(root, "latents")
+    assert hashing is not None and at_fault(hashing) == ("latents", "latents", directory)
+    index = latents.data(ARCHIVE) / INDEX_NAME
+    index.write_text(index.read_text()[:-1])
+    assert at_fault(audit(root, "latents")) == ("latents", "latents", directory)
+    edit(step(root, "mds").ledger(ARCHIVE), lambda body: body.update(kept=ROWS + 1))
+    assert at_fault(audit(root, "latents")) == ("mds", "mds", "mds")
+    step(root, "raw").ledger(ARCHIVE).write_text("{")
+    assert at_fault(audit(root, "latents")) == ("raw", "raw", "raw")
+
+
+def test_rows_of_mds_that_cannot_be_read_are_not_the_fault_of_latents(root: DataRoot) -> None:
+    path = shard(root, "mds")
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    verdict = audit(root, "latents")
+    assert verdict.what.startswith("mds, the row of sample train/000/000: ") and at_fault(verdict)[0] == "mds"
+
+
+def test_what_was_pruned_must_be_made_again_first(root: DataRoot) -> None:
+    for stage in ("raw", "mds"):
+        write_ledger(step(root, stage), pruned=Pruned("2026-11-01T00:00:00+00:00", 10))
+    os.truncate(shard(root, "latents"), 100)
+    assert at_fault(audit(root, "latents")) == ("latents", "raw", f"mds_latents_{TAG}")
 
 
 def test_a_latents_directory_of_other_settings(root: DataRoot, tmp_path: Path) -> None:

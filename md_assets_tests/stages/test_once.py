@@ -27,6 +27,7 @@ from md_assets.stages.once import (
     refuse_pruned,
     upstream_ledger,
     versions_of,
+    withdraw,
 )
 from md_assets.storage.publish import output_file, scratch, with_files, workspace
 
@@ -281,3 +282,18 @@ def test_a_damaged_or_partly_missing_archive_is_not_recorded(stage_dir: StageDir
     assert recorded(stage_dir, "train/000") is None
     stage_dir.ledger("train/000").write_text("{")
     assert recorded(stage_dir, "train/000") is None
+
+
+def test_what_was_found_damaged_is_withdrawn_and_made_again(stage_dir: StageDir) -> None:
+    run(stage_dir)
+    made_s = stage_dir.ledger("train/000").stat().st_mtime
+    assert not withdraw(stage_dir, "train/000", made_s - 1)  # found before these data were made
+    with workspace(stage_dir.ledger("train/000")):
+        assert not withdraw(stage_dir, "train/000", made_s + 1)  # somebody makes it already
+    assert published(stage_dir, "train/000") is not None
+
+    assert withdraw(stage_dir, "train/000", made_s + 1)
+
+    assert published(stage_dir, "train/000") is None
+    assert not withdraw(stage_dir, "train/000", made_s + 1)
+    assert not run(stage_dir).passed_over

@@ -177,6 +177,16 @@ def test_what_is_only_fetched_has_a_row_of_its_own(root: DataRoot) -> None:
     assert states(found["raw"]) == (3, 0, 0, 397)
 
 
+def test_what_failed_counts_as_nothing_else(root: DataRoot) -> None:
+    publish_chain(root, JDB, "train/001", images=ImageSettings(jpeg_quality=90))
+    failed = {"raw": {"train/000", "train/001", "train/002"}, "mds": set[str]()}
+    raw, mds, *_ = dataset_totals(JDB, root, WANTED, failed)
+    assert (raw.failed, states(raw)) == (3, (1, 0, 0, 396)) and raw.stale_groups == ()
+    assert (raw.read, raw.kept) == (18, 12)  # what is published of them is there all the same
+    assert (mds.failed, states(mds)) == (0, (2, 1, 0, 397))
+    assert raw.as_json()["failed"] == 3
+
+
 def test_the_keys_for_scripts(root: DataRoot) -> None:
     publish_chain(root, JDB, "train/001", images=ImageSettings(jpeg_quality=90))
     rewrite(root.mds("jdb"), "train/000", rejected={"no_caption": ["x"]}, read=5)
@@ -186,6 +196,7 @@ def test_the_keys_for_scripts(root: DataRoot) -> None:
         "stage": "raw",
         "archives": 400,
         "done": 2,
+        "failed": None,
         "stale": 1,
         "pruned": 0,
         "missing": 397,

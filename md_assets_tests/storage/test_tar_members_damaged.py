@@ -129,7 +129,7 @@ def test_a_header_of_anything_gives_members_or_one_clear_error(
         (b"PK\x03\x04" + bytes(range(256)) * 8, "not_an_archive"),
         (b"\x1f\x8b" + b"x" * 2000, "corrupt"),
         (TGZ[:-8] + bytes(4) + TGZ[-4:], "corrupt"),
-        (TGZ + b"garbage", "corrupt"),
+        (TGZ + 9 * b"garbage", "corrupt"),
     ],
     ids=["empty", "page", "page-behind-space", "gzipped-page", "lfs-pointer", "zip", "no-gzip", "crc", "tail"],
 )
