@@ -40,9 +40,9 @@ else
 endif
 
 # Whatever trains on latents is on one side: its tests look at all shared memory of the machine.
-PIPELINES := $(addprefix md_assets_tests/,end_to_end demo loader)
+PIPELINES := $(addprefix md_assets_tests/,end_to_end loader)
 
-test-pipelines: $(STAMP) ## whole pipelines, the demo and the loader
+test-pipelines: $(STAMP) ## whole pipelines and the loader
 	$(BIN)/pytest $(PIPELINES)
 
 test-parts: $(STAMP) ## all other tests

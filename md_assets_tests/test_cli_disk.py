@@ -73,7 +73,8 @@ def test_status_says_in_what_stale_archives_differ(root: DataRoot, capsys: pytes
     assert "  encoders.image_resolutions: [32] in 3 archives, [256, 512] wanted (train/000, train/001, valid/000)" in (
         lines
     )
-    assert lines[-1].startswith("Revisions of the models are not compared: the VAE folder ")
+    assert lines[-2].startswith("Revisions of the models are not compared: the VAE folder ")
+    assert lines[-1] == "Which archives failed is not told: DAGSTER_HOME is not set"
 
 
 def test_status_compares_with_a_run_config(root: DataRoot, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,7 +95,7 @@ def test_status_for_scripts(root: DataRoot, capsys: pytest.CaptureFixture[str]) 
     publish_chain(root, CC12M, CC)
     assert main(["status", "--json"]) == DONE
     said: Any = json.loads(capsys.readouterr().out)
-    assert set(said) == {"data_root", "revisions_unknown", "datasets"}
+    assert set(said) == {"data_root", "revisions_unknown", "failures_unknown", "datasets"}
     assert said["data_root"] == str(root.path) and said["revisions_unknown"]
     assert [(one["dataset"], one["archives"]) for one in said["datasets"]] == [("cc12m", 2176), ("jdb", 400)]
     stages = {stage["stage"]: stage for stage in said["datasets"][0]["stages"]}

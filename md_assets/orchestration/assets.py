@@ -4,11 +4,13 @@ Here: keys, dependencies, partitions, policies, descriptions. Not here: what a r
 No `from __future__ import annotations`: Dagster reads the annotations of asset functions.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import dagster as dg
 
+from md_assets.core.errors import SettingsError
 from md_assets.core.paths import Stage
 from md_assets.core.source import HubFile
 from md_assets.core.spec import DatasetSpec, Subset
@@ -32,6 +34,10 @@ run, in which one failed raw archive would take mds and latents of all the other
 
 SUBSET_ARCHIVES_PER_RUN: dict[Stage, int] = {"mds": 32, "latents": 128}
 """The same for the stages of subsets, which follow those of the whole."""
+
+PER_RUN_VARIABLE = "MD_ASSETS_ARCHIVES_PER_RUN"
+"""Other numbers than `ARCHIVES_PER_RUN`, e.g. `raw=20,latents=100`. A variable: policies are part of the definitions,
+which no run config reaches."""
 
 RETRIES = dg.RetryPolicy(max_retries=2, delay=60, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
 """For steps in which an archive failed of something that passes. A Hub client has waited for minutes by then."""
@@ -57,6 +63,29 @@ def dataset_assets(spec: DatasetSpec) -> list[Any]:
         assets += [_selected(spec, subset, "latents"), _selected_index(spec, subset, "latents")]
     assets += [_raw_only(spec, name) for name in dict.fromkeys(extra.asset for extra in spec.raw_only)]
     return [*assets, *links_checks(spec, asset_key(spec, "archive"))]
+
+
+def archives_per_run() -> dict[Stage, int]:
+    """`ARCHIVES_PER_RUN`, with what the environment says instead.
+
+    Raises:
+        SettingsError: it says something else than stages and numbers, or makes two of them equal.
+    """
+    sizes, text = dict(ARCHIVES_PER_RUN), os.environ.get(PER_RUN_VARIABLE, "")
+    for part in filter(None, text.split(",")):
+        name, _, number = (word.strip() for word in part.partition("="))
+        stage = next((stage for stage in sizes if stage == name), None)
+        if stage is None or not number.isdecimal() or int(number) < 1:
+            raise SettingsError(f"{PER_RUN_VARIABLE} has {part!r}", f"Write {','.join(f'{s}=N' for s in sizes)}, N ≥ 1")
+        sizes[stage] = int(number)
+    taken = [*sizes.values(), *SUBSET_ARCHIVES_PER_RUN.values()]
+    if len(set(taken)) < len(taken):
+        whole, of_subsets = ", ".join(map(str, sizes.values())), ", ".join(map(str, SUBSET_ARCHIVES_PER_RUN.values()))
+        raise SettingsError(
+            f"{PER_RUN_VARIABLE} makes sizes of runs equal: {whole}; of subsets {of_subsets}",
+            "Choose different ones, or Dagster fuses stages into one run",
+        )
+    return sizes
 
 
 def asset_key(spec: DatasetSpec, name: str) -> dg.AssetKey:
@@ -202,7 +231,7 @@ def _archive_asset(
         ],
         check_specs=check_specs(key, stage, partitions_def, subset),
         can_subset=True,  # makes the checks optional outputs: the body records them, archive by archive
-        backfill_policy=dg.BackfillPolicy.multi_run((SUBSET_ARCHIVES_PER_RUN if subset else ARCHIVES_PER_RUN)[stage]),
+        backfill_policy=dg.BackfillPolicy.multi_run((SUBSET_ARCHIVES_PER_RUN if subset else archives_per_run())[stage]),
         pool=pool,
         retry_policy=RETRIES,
     )(body)

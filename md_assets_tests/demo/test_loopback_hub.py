@@ -210,7 +210,7 @@ def test_command_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert requests.get(f"{base}/gated/resolve/main/README.md").status_code == 401
     finally:
         process.terminate()
-        _, errors = process.communicate(timeout=5)
+        _, errors = process.communicate(timeout=60)
     assert errors == ""
     with pytest.raises(SystemExit) as caught:
         main(["--root", str(root / "nowhere")])

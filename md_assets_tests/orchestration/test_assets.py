@@ -4,11 +4,19 @@ from dataclasses import replace
 
 import dagster as dg
 import numpy as np
+import pytest
 
+from md_assets.core.errors import SettingsError
 from md_assets.core.spec import Subset
 from md_assets.datasets.jdb import SPEC
 from md_assets.demo.walkthrough import failure_of
-from md_assets.orchestration.assets import ARCHIVES_PER_RUN, SUBSET_ARCHIVES_PER_RUN, dataset_assets
+from md_assets.orchestration.assets import (
+    ARCHIVES_PER_RUN,
+    PER_RUN_VARIABLE,
+    SUBSET_ARCHIVES_PER_RUN,
+    archives_per_run,
+    dataset_assets,
+)
 from md_assets.storage.mds import iter_rows
 from md_assets_tests.orchestration.conftest import Platform
 
@@ -32,6 +40,21 @@ def test_every_subset_has_four_assets_of_its_own() -> None:
     }
     sizes = [*ARCHIVES_PER_RUN.values(), *SUBSET_ARCHIVES_PER_RUN.values()]
     assert len(set(sizes)) == len(sizes)
+
+
+def test_sizes_of_runs_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PER_RUN_VARIABLE, "raw=20, latents=100")
+    made = [asset for asset in dataset_assets(SPEC) if isinstance(asset, dg.AssetsDefinition)]
+    policies = {asset.key.path[-1]: asset.backfill_policy for asset in made if asset.is_materializable}
+    sizes = {name: policy.max_partitions_per_run for name, policy in policies.items() if policy}
+    assert {name: sizes[name] for name in ("raw", "mds", "latents")} == {"raw": 20, "mds": 16, "latents": 100}
+
+
+@pytest.mark.parametrize("text", ["raw", "raw=0", "raw=x", "images=3", "raw=16", "mds=32"])
+def test_sizes_of_runs_that_make_no_sense_are_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv(PER_RUN_VARIABLE, text)
+    with pytest.raises(SettingsError, match=PER_RUN_VARIABLE):
+        archives_per_run()
 
 
 def test_archives_are_observed_from_one_listing(platform: Platform) -> None:
