@@ -1,6 +1,7 @@
 """Fixtures that more than one test module uses: tiny encoders, and archives published without their sources."""
 
 import io
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ from md_assets.demo.tiny_encoders import write_tiny_clip, write_tiny_open_clip, 
 from md_assets.stages.latents import LatentsPlan
 from md_assets.storage.mds import ShardWriter, ledgered_files
 from md_assets.storage.publish import publish, scratch, with_files, workspace
+
+# Shells give jobs in the background an ignored SIGINT. Dagster makes SIGTERM behave like SIGINT, and what is ignored is
+# inherited: processes that tests start could not be terminated.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Row = dict[str, Any]
 MdsRows = Callable[..., list[Row]]
