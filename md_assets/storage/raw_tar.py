@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, cast
 
-from md_assets.core.errors import MdAssetsError
+from md_assets.core.errors import DamagedError
 from md_assets.core.ledger import OutputFile
 from md_assets.storage.images import StoredImage
 
@@ -125,9 +125,9 @@ def iter_raw_tar(path: Path, expected: OutputFile) -> Iterator[RawSample]:
         expected: what the ledger says of it; compared when the last sample was read.
 
     Raises:
-        MdAssetsError: the file is not what the ledger says. Drop what was made of earlier samples.
+        DamagedError: the file is not what the ledger says. Drop what was made of earlier samples.
     """
-    damaged = MdAssetsError(f"{path} is not what its ledger says", "Delete the ledger and run raw again.")
+    damaged = DamagedError(f"{path} is not what its ledger says", "Materialize raw of it again")
     try:
         with path.open("rb", buffering=0) as file:
             hashing = _Hashing(file)
