@@ -8,6 +8,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from md_assets.bench.dagster_services import free_port
+from md_assets.demo.sandbox import MINIATURES
 from md_assets.stages.once import published
 from md_assets.storage.contact_sheet import COLUMNS, THUMBNAIL_PX
 from md_assets_tests.end_to_end.conftest import SandboxCommands, read_output, screenshot, wait_for
@@ -74,3 +75,11 @@ def test_a_range_of_partitions_is_materialized_from_the_ui(ui: str, page: Page, 
         page.get_by_text(check).first.click()
         expect(page.get_by_text("Passed").first).to_be_visible()
     screenshot(page, "raw-checks")
+
+    page.goto(f"{ui}/asset-groups")
+    for slug in MINIATURES:
+        expect(page.get_by_text(slug, exact=True).first).to_be_visible()
+    page.goto(f"{ui}/assets/jdb/raw")
+    expect(page.get_by_text("JourneyDB/JourneyDB").first).to_be_visible()
+    for what in ("dataset", "run", "stage"):
+        expect(page.get_by_text(f"Open {what} in editor")).to_be_visible()

@@ -28,7 +28,7 @@ from md_assets.demo.journeydb import write_miniature_journeydb
 from md_assets.demo.loopback_hub import LoopbackHub
 from md_assets.demo.sandbox import Sandbox
 from md_assets.orchestration.assets import PER_RUN_VARIABLE
-from md_assets.orchestration.backfills import a_daemon_runs
+from md_assets.orchestration.backfills import a_daemon_runs, ui_path
 from md_assets.orchestration.partitions import archive_partitions
 from md_assets.stages.once import published
 from md_assets_tests.end_to_end.conftest import REPOSITORY, SandboxCommands, read_output, screenshot, wait_for
@@ -43,6 +43,9 @@ SAMPLES, SIZE_PX, KEPT = 10, 256, 4
 """Of each archive: samples, px, and the samples that neither raw nor mds rejects."""
 
 PER_RUN = "raw=24,mds=30,latents=60"
+DAEMON_INTERVAL_S = 10
+"""Between looks at a backfill: each asks for what was made since the last one, and more looks make more runs."""
+
 ABSENT, TRUNCATED, CORRUPT = "train/000", "train/023", "train/024"
 """Broken at their source. Neighbours, of different runs: each gap in a range is a run more."""
 
@@ -104,6 +107,7 @@ def platform(prepared_sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.Monk
     (sandbox.dagster_home / "dagster.yaml").write_text(yaml.safe_dump(settings))
     with LoopbackHub(sandbox.hub_root) as hub, ExitStack() as stack:
         environment = {**sandbox.environment(hub.endpoint), PER_RUN_VARIABLE: PER_RUN, "PYTHONPATH": str(REPOSITORY)}
+        environment["DAEMON_INTERVAL_S"] = str(DAEMON_INTERVAL_S)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         instance = stack.enter_context(dg.DagsterInstance.get())
@@ -216,13 +220,32 @@ def expect_counts(page: Page, platform: Platform, counts: Mapping[str, tuple[int
         screenshot(page, f"faulty-{stage}-{failed}-failed")
 
 
+def expect_failures(page: Page, platform: Platform) -> None:
+    """The UI says what failed, and why: on the backfill's page, in the run, and as a check of the damaged archive."""
+    (backfill,) = [one for one in platform.instance.get_backfills() if one.status.value == "COMPLETED_FAILED"]
+    page.goto(f"{platform.address}{ui_path(backfill.backfill_id)}")
+    expect(page.get_by_text("jdb / latents", exact=True)).to_be_visible()
+    screenshot(page, "failed-backfill")
+
+    of_raw = [run for run in platform.instance.get_runs() if dg.AssetKey(["jdb", "raw"]) in (run.asset_selection or ())]
+    (run,) = [run for run in of_raw if run.tags["dagster/asset_partition_range_start"] == ARCHIVES[0]]
+    page.goto(f"{platform.address}/runs/{run.run_id}")
+    expect(page.get_by_text("failed_archives").first).to_be_visible()
+    screenshot(page, "failed-run")
+
+    page.goto(f"{platform.address}/assets/jdb/mds?view=checks&checkDetail=shards_intact")
+    expect(page.get_by_text("Failed", exact=True).first).to_be_visible()
+    expect(page.get_by_text(DAMAGED, exact=True).first).to_be_visible()
+    screenshot(page, "failed-check")
+
+
 def test_what_failed_is_told_exactly_and_finished_when_it_is_mended(platform: Platform, page: Page) -> None:
     break_sources(platform)
     backfill = platform.cli("backfill", "jdb", "--archives", f"{ARCHIVES[0]}...{ARCHIVES[-1]}", "--wait")
     workspace = platform.stage("raw").ledger(KILLED_AT).parent / ".050.tmp"
     assert wait_for(lambda: any(workspace.glob("*.part")) or backfill.ended, 200, pause_s=0.05), backfill.output()
     kill_run_at(platform, KILLED_AT)
-    assert wait_for(lambda: found_intact(platform, DAMAGED) or backfill.ended, 100, pause_s=0.05), backfill.output()
+    assert wait_for(lambda: found_intact(platform, DAMAGED) or backfill.ended, 300, pause_s=0.05), backfill.output()
     damage(platform, DAMAGED)
     code, output = backfill.finish()
 
@@ -249,6 +272,7 @@ def test_what_failed_is_told_exactly_and_finished_when_it_is_mended(platform: Pl
         ]
     )
     expect_counts(page, platform, {"raw": (47, 13), "mds": (47, 0), "latents": (46, 1)})
+    expect_failures(page, platform)
 
     mend_sources(platform)
     code, output = platform.cli("backfill", "jdb", "--failed", "--wait").finish()
