@@ -25,7 +25,7 @@ def code_references(run: Callable[..., Any], stage: str, spec: DatasetSpec | Non
         spec: the asset's dataset; None for an asset over all of them.
     """
     code = run.__code__
-    references = [
+    references: list[dg.LocalFileCodeReference | dg.UrlCodeReference] = [
         *_module(f"md_assets.datasets.{spec.slug}" if spec else "", "dataset"),
         dg.LocalFileCodeReference(file_path=code.co_filename, line_number=code.co_firstlineno, label="run"),
         *_module(f"md_assets.stages.{stage}" if stage else "", "stage"),
