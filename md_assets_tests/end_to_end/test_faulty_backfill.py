@@ -35,7 +35,7 @@ from md_assets_tests.end_to_end.conftest import REPOSITORY, SandboxCommands, rea
 from md_assets_tests.end_to_end.test_backfill import DAEMON
 from md_assets_tests.end_to_end.test_kill import temporaries
 
-pytestmark = [pytest.mark.slow, pytest.mark.browser, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.browser, pytest.mark.timeout(900)]
 
 STAGES = ("raw", "mds", "latents")
 ARCHIVES = SPEC.archives[:60]
