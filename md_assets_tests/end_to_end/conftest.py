@@ -12,7 +12,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Locator, Page, sync_playwright
 
 from md_assets.core.paths import DATA_ROOT_VARIABLE, DataRoot
 from md_assets.demo.loopback_hub import LoopbackHub
@@ -178,7 +178,7 @@ def page() -> Iterator[Page]:
         browser.close()
 
 
-def screenshot(page: Page, name: str) -> None:
-    """Leave a picture of the page, where one is asked for."""
+def screenshot(page: Page | Locator, name: str) -> None:
+    """Leave a picture of a page or a part of it, where one is asked for."""
     if SCREENSHOTS:
         page.screenshot(path=Path(SCREENSHOTS, f"{name}.png"))
