@@ -225,7 +225,7 @@ def expect_failures(page: Page, platform: Platform) -> None:
     """The UI says what failed, and why: on the backfill's page, in the run, and as a check of the damaged archive."""
     (backfill,) = [one for one in platform.instance.get_backfills() if one.status.value == "COMPLETED_FAILED"]
     page.goto(f"{platform.address}{ui_path(backfill.backfill_id)}")
-    expect(page.get_by_text("jdb / latents", exact=True)).to_be_visible()
+    expect(page.get_by_text("jdb / latents", exact=True).first).to_be_visible()
     screenshot(page, "failed-backfill")
 
     of_raw = [run for run in platform.instance.get_runs() if dg.AssetKey(["jdb", "raw"]) in (run.asset_selection or ())]
