@@ -46,7 +46,7 @@ PER_RUN = "raw=24,mds=30,latents=60"
 DAEMON_INTERVAL_S = 10
 """Between looks at a backfill: each asks for what was made since the last one, and more looks make more runs."""
 
-ABSENT, TRUNCATED, CORRUPT = "train/000", "train/023", "train/024"
+ABSENT, TRUNCATED, CORRUPT = "train/022", "train/023", "train/024"
 """Broken at their source. Neighbours, of different runs: each gap in a range is a run more."""
 
 DAMAGED = "train/049"
@@ -91,7 +91,7 @@ class Running:
 
     def finish(self) -> tuple[int, str]:
         """Exit code and output."""
-        return self._process.wait(400), self.output()
+        return self._process.wait(900), self.output()
 
 
 @pytest.fixture
@@ -246,9 +246,9 @@ def test_what_failed_is_told_exactly_and_finished_when_it_is_mended(platform: Pl
     break_sources(platform)
     backfill = platform.cli("backfill", "jdb", "--archives", f"{ARCHIVES[0]}...{ARCHIVES[-1]}", "--wait")
     workspace = platform.stage("raw").ledger(KILLED_AT).parent / ".050.tmp"
-    assert wait_for(lambda: any(workspace.glob("*.part")) or backfill.ended, 200, pause_s=0.05), backfill.output()
+    assert wait_for(lambda: any(workspace.glob("*.part")) or backfill.ended, 300, pause_s=0.05), backfill.output()
     kill_run_at(platform, KILLED_AT)
-    assert wait_for(lambda: found_intact(platform, DAMAGED) or backfill.ended, 300, pause_s=0.05), backfill.output()
+    assert wait_for(lambda: found_intact(platform, DAMAGED) or backfill.ended, 600, pause_s=0.05), backfill.output()
     damage(platform, DAMAGED)
     code, output = backfill.finish()
 
