@@ -12,7 +12,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
-from playwright.sync_api import Locator, Page, sync_playwright
+from playwright.sync_api import Locator, Page, expect, sync_playwright
 
 from md_assets.core.paths import DATA_ROOT_VARIABLE, DataRoot
 from md_assets.demo.loopback_hub import LoopbackHub
@@ -174,6 +174,7 @@ def page() -> Iterator[Page]:
         )
         page = browser.new_page(viewport={"width": 1440, "height": 1000})
         page.set_default_timeout(30_000)
+        expect.set_options(timeout=30_000)  # instead of 5 s
         yield page
         browser.close()
 
