@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from md_assets.core.errors import CorruptArchiveError, MdAssetsError
+from md_assets.core.errors import CorruptArchiveError, DamagedError
 from md_assets.core.ledger import OutputFile
 from md_assets.storage.images import StoredImage
 from md_assets.storage.tar_members import tar_members
@@ -106,9 +106,9 @@ def iter_raw_tar(path: Path, expected: OutputFile) -> Iterator[RawSample]:
         expected: what the ledger says of it; compared when the last sample was read.
 
     Raises:
-        MdAssetsError: the file is not what the ledger says. Drop what was made of earlier samples.
+        DamagedError: the file is not what the ledger says. Drop what was made of earlier samples.
     """
-    damaged = MdAssetsError(f"{path} is not what its ledger says", "Delete the ledger and run raw again.")
+    damaged = DamagedError(f"{path} is not what its ledger says", "Materialize raw of it again")
     digest, jpeg = hashlib.sha256(), b""
     try:
         if path.stat().st_size != expected.bytes:
