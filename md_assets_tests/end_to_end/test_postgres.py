@@ -106,7 +106,7 @@ def instance(
 def test_what_failed_is_mended_and_audited_on_postgresql(
     commands: SandboxCommands, instance: dg.DagsterInstance
 ) -> None:
-    fail_then_mend(commands, instance, *ARCHIVE_STAGES)
+    assert fail_then_mend(commands, instance, *ARCHIVE_STAGES)[0] == "COMPLETED_SUCCESS"
 
     runs = instance.get_runs()
     assert Counter(run.status.value for run in runs if run.status.value != "SUCCESS") == {"FAILURE": 1}
