@@ -34,7 +34,8 @@ from md_assets.core.schema import latents_columns
 from md_assets.core.settings import EncoderSettings, ImageSettings, mds_settings
 from md_assets.datasets import spec_of
 from md_assets.orchestration.latents_worker import keep_memory
-from md_assets.stages.latents import LatentsPlan, encode_archives
+from md_assets.stages.latents import encode_archives
+from md_assets.stages.latents_plan import LatentsPlan
 from md_assets.storage.mds import Shard, ShardReader, ShardWriter, read_index
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ def _limit(encoders: Encoders, ready: Batch, images: int) -> float:
     times = -(-images // len(ready))
     started = time.perf_counter()
     for encoded in [encoders.encode(ready) for _ in range(times)]:
-        encoded.not_finite()  # waits for the device
+        encoded.rejected()  # waits for the device
     return times * len(ready) / (time.perf_counter() - started)
 
 

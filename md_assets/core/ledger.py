@@ -29,6 +29,7 @@ class Reason:
     NSFW = "nsfw"
     FURTHER_CAPTION = "further_caption"
     NOT_IN_SUBSET = "not_in_subset"
+    NOT_FINITE = "not_finite"
 
 
 @dataclass(frozen=True)

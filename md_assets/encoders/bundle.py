@@ -17,7 +17,14 @@ import numpy.typing as npt
 import torch
 
 from md_assets.core.errors import SettingsError
-from md_assets.core.schema import CAPTION_LENGTH_COLUMN, LATENT_DOWNSCALE, latents_column, latents_columns
+from md_assets.core.ledger import Reason
+from md_assets.core.schema import (
+    CAPTION_COLUMN,
+    CAPTION_LENGTH_COLUMN,
+    LATENT_DOWNSCALE,
+    latents_column,
+    latents_columns,
+)
 from md_assets.core.settings import EncoderSettings
 from md_assets.encoders.batches import Batch, Preparation
 from md_assets.encoders.open_clip_text import OpenClipText
@@ -39,6 +46,7 @@ class Encoded:
         finite_B: whether every number of a row's arrays is finite.
         arrived: of a GPU: when arrays and `finite_B` may be read.
         columns: of a row.
+        trimmed: whether only a caption's own states are stored.
         rows_at_once: how many rows went through the models together, where the memory did not take all.
     """
 
@@ -47,26 +55,45 @@ class Encoded:
     finite_B: torch.Tensor
     arrived: torch.cuda.Event | None
     columns: tuple[str, ...]
+    trimmed: bool
     rows_at_once: int | None
 
-    def not_finite(self) -> list[str]:
-        """Keys of the rows with a NaN or an infinity; waits for the device."""
+    def rejected(self) -> dict[str, list[str]]:
+        """Reason -> keys of the rows that are not stored: of images that cannot be decoded, and with a NaN or an
+        infinity; waits for the device."""
         self._wait()
-        return [key for key, finite in zip(self.batch.key, self.finite_B.tolist(), strict=True) if not finite]
+        found: dict[str, list[str]] = {}
+        for key, fault, finite in zip(self.batch.key, self.batch.faults, self.finite_B.tolist(), strict=True):
+            if fault or not finite:
+                found.setdefault(Reason.UNDECODABLE if fault else Reason.NOT_FINITE, []).append(key)
+        return found
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows as they are stored, see `core.schema.latents_columns`; waits for the device."""
-        self._wait()
-        batch, arrays = self.batch, {column: array.numpy() for column, array in self.arrays.items()}
+        kept, batch = self._kept(), self.batch
         values: dict[str, Any] = {column: getattr(batch, column, None) for column in self.columns}
-        values |= {column: [row.tobytes() for row in array] for column, array in arrays.items()}
-        values[CAPTION_LENGTH_COLUMN] = batch.tokens.attended_B.tolist()
-        return [{column: values[column][i] for column in self.columns} for i in range(len(batch))]
+        values |= {column: array.numpy() for column, array in self.arrays.items()}
+        values[CAPTION_LENGTH_COLUMN] = lengths = batch.tokens.own_B.tolist()
+        if self.trimmed:
+            values[CAPTION_COLUMN] = [row[:own] for row, own in zip(values[CAPTION_COLUMN], lengths, strict=True)]
+        return [{c: values[c][i].tobytes() if c in self.arrays else values[c][i] for c in self.columns} for i in kept]
 
     def values(self) -> dict[str, npt.NDArray[np.float32]]:
-        """The stored numbers, which float32 holds exactly: column -> B×…; waits for the device."""
-        self._wait()  # and torch converts, in a tenth of the time that numpy takes
-        return {column: array.float().numpy() for column, array in self.arrays.items()}
+        """The numbers of the rows that are stored, which float32 holds exactly: column -> B×…, captions with their
+        padding; waits for the device."""
+        kept = self._kept()  # and torch converts, in a tenth of the time that numpy takes
+        whole = len(kept) == len(self.batch)
+        return {c: (array if whole else array[kept]).float().numpy() for c, array in self.arrays.items()}
+
+    def caption_lengths(self) -> list[int]:
+        """Of the rows that are stored, the leading positions that a reader takes for the caption's."""
+        lengths, length = self.batch.tokens.own_B.tolist(), self.arrays[CAPTION_COLUMN].shape[1]
+        return [lengths[i] if CAPTION_LENGTH_COLUMN in self.columns else length for i in self._kept()]
+
+    def _kept(self) -> list[int]:
+        self._wait()
+        rows = enumerate(zip(self.batch.faults, self.finite_B.tolist(), strict=True))
+        return [i for i, (fault, finite) in rows if finite and not fault]
 
     def _wait(self) -> None:
         if self.arrived is not None:
@@ -81,6 +108,9 @@ class Encoders:
         vae, text: the models, on one device.
         device, dtype: where and in what they run.
 
+    Raises:
+        SettingsError: captions are to be trimmed, and the text encoder's tokenizer does not tell where they end.
+
     Attributes:
         rows_at_once: rows that go through the models together; None as long as the memory takes every batch.
         models_lock: held by whoever runs a model; they keep state while they run.
@@ -93,9 +123,18 @@ class Encoders:
         self.settings, self.vae, self.text = settings, vae, text
         self.device = device
         self.model_dtype = str(dtype).removeprefix("torch.")
+        self._trimmed = settings.text_storage == "trimmed"
+        if self._trimmed and not text.tells_end:
+            raise SettingsError(
+                f"the tokenizer of {settings.text_encoder} does not tell where a caption ends, so captions cannot be "
+                "trimmed",
+                "Set text_storage to full.",
+            )
         noise_channels = vae.latent_channels if settings.latent_mode == "sample" else 0
         self.preparation = Preparation(text.tokenize, settings.image_resolutions, settings.seed, noise_channels)
-        self.columns = latents_columns(settings.image_resolutions, settings.save_images, text.masks_padding)
+        self.columns = latents_columns(
+            settings.image_resolutions, settings.save_images, text.masks_padding or self._trimmed
+        )
         self.rows_at_once: int | None = None
         self.models_lock = threading.Lock()
 
@@ -140,7 +179,7 @@ class Encoders:
             if self.device.type == "cuda":
                 arrived = torch.cuda.Event(blocking=True)
                 arrived.record(torch.cuda.current_stream(self.device))
-        return Encoded(batch, arrays, finite_B, arrived, tuple(self.columns), self.rows_at_once)
+        return Encoded(batch, arrays, finite_B, arrived, tuple(self.columns), self._trimmed, self.rows_at_once)
 
     def _arrays_in_parts(self, batch: Batch) -> dict[str, torch.Tensor]:
         while True:
@@ -163,7 +202,7 @@ class Encoders:
 
     def _arrays(self, batch: Batch, part: slice) -> dict[str, torch.Tensor]:
         stored = DTYPES[self.settings.save_dtype]
-        arrays = {"caption_latents": self.text.encode(Tokens(*(of[part] for of in batch.tokens))).to(stored)}
+        arrays = {CAPTION_COLUMN: self.text.encode(Tokens(*(of[part] for of in batch.tokens))).to(stored)}
         for px, images_BCHW in batch.images_BCHW.items():
             mean_BChw, std_BChw = self.vae.encode(images_BCHW[part])
             if self.settings.latent_mode == "moments":
@@ -180,13 +219,14 @@ class Encoders:
         """What a reader must know of the stored arrays, and what made them; for the ledger's details."""
         channels = self.vae.latent_channels * (2 if self.settings.latent_mode == "moments" else 1)
         return {
-            "caption_latents": [1, self.text.length, self.text.width],
+            CAPTION_COLUMN: [1, self.text.length, self.text.width],
             "image_latents": {
                 str(px): [channels, px // LATENT_DOWNSCALE, px // LATENT_DOWNSCALE]
                 for px in self.settings.image_resolutions
             },
             "dtype": self.settings.save_dtype,
             "latent_mode": self.settings.latent_mode,
+            **({"text_storage": "trimmed"} if self._trimmed else {}),
             "vae": self.settings.vae,
             "text_encoder": self.settings.text_encoder,
             "device": _device_name(self.device),

@@ -115,6 +115,20 @@ def test_a_long_caption_is_cut_at_the_end(text: OpenClipText) -> None:
     assert text.encode(tokens).isfinite().all()
 
 
+def test_a_caption_ends_at_its_last_end_token(text: OpenClipText) -> None:
+    """CLIP's tokenizer reads the token in a caption that spells it out."""
+    plain, spelled = text.tokenize(["a cat", "a <end_of_text> cat!"]).own_B.tolist()
+    assert (plain, spelled) == (4, 6)
+
+
+def test_a_tokenizer_of_another_model_does_not_tell_the_end(tiny_encoders) -> None:
+    model = open_clip.create_model(f"local-dir:{tiny_encoders.open_clip}")
+    clips = open_clip.get_tokenizer("ViT-B-32")
+    text = OpenClipText(model, lambda captions: clips(captions), "tiny", CPU, torch.float32)
+    assert not text.tells_end
+    assert text.tokenize(["a cat"]).own_B.tolist() == [77]
+
+
 def test_bfloat16_is_near_float32(text: OpenClipText, tiny_encoders) -> None:
     half = OpenClipText.load(f"openclip:local-dir:{tiny_encoders.open_clip}", "", CPU, torch.bfloat16)
     tokens = text.tokenize(captions(4))

@@ -55,7 +55,7 @@ def test_t5s_states_are_those_that_the_model_itself_gives(t5: TransformersText, 
     )
     tokens = t5.tokenize(CAPTIONS)
     assert torch.equal(tokens.ids_BL, plain["input_ids"])
-    assert torch.equal(tokens.attended_B, plain["attention_mask"].sum(1))
+    assert torch.equal(tokens.own_B, plain["attention_mask"].sum(1))
     model = T5EncoderModel.from_pretrained(tiny_t5).eval()
     with torch.no_grad():
         plain_BLD = model(**plain).last_hidden_state
@@ -64,7 +64,7 @@ def test_t5s_states_are_those_that_the_model_itself_gives(t5: TransformersText, 
 
 def test_t5_sees_no_padding(t5: TransformersText, tiny_t5: Path) -> None:
     tokens = t5.tokenize(["a cat"])
-    count = int(tokens.attended_B[0])
+    count = int(tokens.own_B[0])
     model = T5EncoderModel.from_pretrained(tiny_t5).eval()
     with torch.no_grad():
         unpadded_BLD = model(tokens.ids_BL[:, :count]).last_hidden_state

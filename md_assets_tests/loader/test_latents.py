@@ -108,6 +108,27 @@ def test_a_mask_tells_padding_where_the_text_encoder_masked_it(tmp_path: Path) -
     assert batch["caption_latents"].shape == (2, *CAPTION)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_trimmed_captions_get_their_length_back(tmp_path: Path, dtype: str) -> None:
+    directory = make_latents(tmp_path, "jdb", (4,), caption_length=2, text_storage="trimmed", dtype=dtype)
+    for batch in build_latents_dataloader(directory, batch_size=2, num_workers=0, with_keys=True):
+        assert batch["caption_latents"].shape == (2, *CAPTION)
+        assert batch["caption_mask"].tolist() == [[True, True, False]] * 2
+        for caption, key in zip(batch["caption_latents"].numpy(), batch["key"], strict=True):
+            full = array_of(key, "caption_latents", CAPTION, dtype)
+            assert np.array_equal(caption[:, :2], full[:, :2])
+            assert not caption[:, 2:].any()
+
+
+def test_a_trimmed_caption_of_another_length_than_it_says_is_told_with_the_row(tmp_path: Path) -> None:
+    directory = make_latents(tmp_path, "jdb", (2,), caption_length=2, text_storage="full")
+    index = directory / "index.json"
+    index.write_text(index.read_text().replace('"dtype"', '"text_storage": "trimmed", "dtype"'))
+    loader = build_latents_dataloader(directory, batch_size=1, num_workers=0, shuffle=False)
+    with pytest.raises(ShardError, match=r"row 0 in shard 0 has 24 bytes, but float16 \(1, 2, 4\) has 16"):
+        next(iter(loader))
+
+
 def test_a_single_archive_and_foreign_latents_are_read_too(tmp_path: Path) -> None:
     archive = make_latents(tmp_path, "jdb", (3,)) / "000"
     write_ledger(archive, metadata())

@@ -14,7 +14,8 @@ from md_assets.core.settings import ImageSettings, mds_settings
 from md_assets.datasets.jdb import SPEC as JDB
 from md_assets.loader import LatentsStream, build_latents_dataloader
 from md_assets.stages.index import merge_indexes
-from md_assets.stages.latents import LatentsPlan, encode_archives
+from md_assets.stages.latents import encode_archives
+from md_assets.stages.latents_plan import LatentsPlan
 
 COUNTS = {"jdb": 6, "diffdb": 5, "cc12m": 4, "sa1b": 3, "textcaps": 2, "coco2014": 4}
 SHARES = {"jdb": 1, "diffdb": 1, "cc12m": 2, "sa1b": 2, "textcaps": 1, "coco2014": 1}

@@ -22,7 +22,8 @@ from md_assets.encoders.bundle import share_cpu
 from md_assets.orchestration import latents_worker
 from md_assets.orchestration.latents_launch import ACCELERATE_CONFIG, launch_command
 from md_assets.orchestration.latents_worker import EventLog, Forwarder, dealt, events_path, main, progress_line
-from md_assets.stages.latents import LatentsPlan, encode_archives
+from md_assets.stages.latents import encode_archives
+from md_assets.stages.latents_plan import LatentsPlan
 from md_assets.storage.mds import iter_rows
 
 COUNTS = {f"train/{i:03}": 6 + i for i in range(6)}
