@@ -154,6 +154,8 @@ class Encoders:
             torch.cuda.set_device(on)  # else pinning memory takes half a gigabyte of the first GPU for each process
         automatic = "bfloat16" if on.type == "cuda" else "float32"
         dtype = DTYPES[automatic if settings.model_dtype == "auto" else settings.model_dtype]
+        if dtype == torch.float32:
+            torch.backends.cudnn.allow_tf32 = False  # by default a GPU's convolutions keep 10 bits of float32's 23
         vae = VaeEncoder.load(settings.vae, settings.vae_revision, on, dtype)
         family: Any = OpenClipText if settings.text_encoder.startswith(OPENCLIP_PREFIX) else TransformersText
         text = family.load(settings.text_encoder, settings.text_encoder_revision, on, dtype)

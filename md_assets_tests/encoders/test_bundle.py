@@ -52,6 +52,15 @@ def test_a_row_has_the_columns_of_the_schema_and_their_numbers(encoders: Encoder
             assert np.array_equal(array.squeeze(), encoded.arrays[column][i].numpy())
 
 
+def test_float32_is_float32_on_a_gpu_too(tiny_encoders, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch rounds what convolutions take to TF32 unless it is told not to."""
+    for dtype, rounded in (("bfloat16", True), ("float32", False)):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+        Encoders.load(tiny_encoders.settings(model_dtype=dtype), "cpu")
+        assert torch.backends.cudnn.allow_tf32 == rounded
+    assert not torch.backends.cuda.matmul.allow_tf32  # the default
+
+
 def test_layout_names_what_made_the_numbers(encoders: Encoders, tiny_encoders) -> None:
     layout = encoders.layout()
     assert {k: layout[k] for k in ("dtype", "device", "model_dtype", "vae", "text_encoder")} == {

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from streaming import Stream, StreamingDataset
 
 from md_assets.core.errors import SettingsError
 from md_assets.loader import LatentsLayout, LatentsStream, build_latents_dataloader
+from md_assets.stages.index import merge_indexes
+from md_assets.stages.latents import encode_archives
 from md_assets.storage.mds import ShardError
 from md_assets_tests.loader.made_latents import CAPTION, IMAGES, array_of, make_latents, metadata, write_ledger
 
@@ -280,6 +283,20 @@ def test_a_remote_stream_is_held_to_the_same_rules(tmp_path: Path) -> None:
     other = LatentsStream(tmp_path / "cache", remote=str(make_latents(tmp_path, "cc12m", (1,), dtype="float32")))
     with pytest.raises(SettingsError, match=r"jdb/latents and \S+cache cannot be mixed: dtype"):
         build_latents_dataloader([ours, other], batch_size=1)
+
+
+def test_latents_of_other_encoders_are_not_mixed(latents_plan, tiny_clip: Path) -> None:
+    """Encoded by the stage itself, so that what it writes down is what is compared."""
+    directories = []
+    for tag, changes in (("open_clip", {}), ("clip", {"text_encoder": str(tiny_clip)})):
+        plan = latents_plan({"train/000": 2}, encoder_tag=tag)
+        plan = replace(plan, encoders=replace(plan.encoders, image_resolutions=(256,), **changes))
+        encode_archives(plan, lambda event: None)
+        merged = merge_indexes(plan.latents_dir, "train", plan.archives, plan.settings)
+        assert merged is not None
+        directories.append(merged.path.parent)
+    with pytest.raises(SettingsError, match=r"cannot be mixed: caption latents \(1, 77, 64\) and \(1, 77, 32\)"):
+        build_latents_dataloader(directories, batch_size=1)
 
 
 def test_arguments_out_of_range_are_refused(tmp_path: Path) -> None:
