@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from md_assets.bench.latents_inputs import ARCHITECTURES, publish_mds, write_text, write_vae
-from md_assets.bench.latents_reference import reference_speed
+from md_assets.bench.latents_reference import Speed, Stopwatch, reference_speed
 from md_assets.core.errors import SettingsError
 from md_assets.core.paths import DataRoot
 from md_assets.core.settings import EncoderSettings, ImageSettings, mds_settings
@@ -45,6 +44,8 @@ if TYPE_CHECKING:
     from md_assets.encoders.bundle import Encoders
 
 DATASET = "jdb"
+
+WAYS = ("stage", "limit", "reference")
 
 WARM_UP = "train/199"
 """An archive of one batch."""
@@ -90,6 +91,8 @@ class Speeds:
 
     Attributes:
         device: its name.
+        cpu_s: way -> seconds of processor time for an image, workers included, one number for each round. On a CPU they
+            say what a way costs, whatever else runs there; they do not tell waiting.
         gpu_utilization: mean of the driver's figure during the stage, 0–1; None on a CPU.
         peak_bytes: of device memory that the stage took, its models included; on a CPU of this process's memory at any
             time.
@@ -99,13 +102,24 @@ class Speeds:
     stage: list[float] = field(default_factory=list)
     limit: list[float] = field(default_factory=list)
     reference: list[float] = field(default_factory=list)
+    cpu_s: dict[str, list[float]] = field(default_factory=dict)
     gpu_utilization: float | None = None
     peak_bytes: int = 0
+
+    def add(self, way: str, speed: Speed) -> None:
+        """Another round of one way."""
+        getattr(self, way).append(speed.images_per_s)
+        self.cpu_s.setdefault(way, []).append(speed.cpu_s)
 
     def ratio(self, of: str) -> float:
         """The stage's speed over another's; the median of the rounds."""
         others: list[float] = getattr(self, of)
         return statistics.median(ours / other for ours, other in zip(self.stage, others, strict=True))
+
+    def cpu_ratio(self, of: str) -> float:
+        """The same by processor time."""
+        times = zip(self.cpu_s["stage"], self.cpu_s[of], strict=True)
+        return statistics.median(other / ours for ours, other in times)
 
 
 def conditions_here(**given: Any) -> Conditions:
@@ -171,11 +185,11 @@ def measure(conditions: Conditions, say: Callable[[str], None] = lambda line: No
                 speeds.peak_bytes = torch.cuda.max_memory_allocated(encoders.device) - before_bytes
                 torch.cuda.empty_cache()  # room for the reference's process
             if number:
-                speeds.limit.append(limit)
-                speeds.reference.append(slow)
-                speeds.stage.append(fast)
+                for way, speed in zip(WAYS, (fast, limit, slow), strict=True):
+                    speeds.add(way, speed)
                 speeds.gpu_utilization = statistics.mean(watched) if watched else None
-                say(f"round {number}: stage {fast:.2f}, limit {limit:.2f}, reference {slow:.2f} images/s")
+                each = [f"{way} {s.images_per_s:.2f}" for way, s in zip(WAYS, (fast, limit, slow), strict=True)]
+                say(f"round {number}: {', '.join(each)} images/s")
         if not has_gpu:
             speeds.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return speeds
@@ -185,7 +199,14 @@ def report(conditions: Conditions, speeds: Speeds) -> str:
     """The result as text."""
     sizes = " and ".join(map(str, conditions.resolutions_px))
     utilization = "" if speeds.gpu_utilization is None else f"GPU utilization {speeds.gpu_utilization:.0%}, "
-    median = {way: statistics.median(getattr(speeds, way)) for way in ("stage", "limit", "reference")}
+    median = {way: statistics.median(getattr(speeds, way)) for way in WAYS}
+    cpu = ""
+    if speeds.gpu_utilization is None:
+        of = {way: statistics.median(speeds.cpu_s[way]) * 1e3 for way in WAYS}
+        cpu = (
+            f"\n  by processor time: {of['stage']:.0f}, {of['limit']:.0f} and {of['reference']:.0f} ms an image; "
+            f"{speeds.cpu_ratio('limit'):.2f} of the limit, {speeds.cpu_ratio('reference'):.2f} times the reference"
+        )
     versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
     cost = (
         ""
@@ -203,7 +224,7 @@ def report(conditions: Conditions, speeds: Speeds) -> str:
         f"  stage      {median['stage']:8.2f} images/s ({utilization}peak memory {speeds.peak_bytes / 2**30:.1f} GiB)\n"
         f"  limit      {median['limit']:8.2f} images/s; the stage reaches {speeds.ratio('limit'):.2f} of it\n"
         f"  reference  {median['reference']:8.2f} images/s; the stage is {speeds.ratio('reference'):.2f} times as fast"
-        f"{cost}"
+        f"{cpu}{cost}"
     )
 
 
@@ -214,26 +235,26 @@ def _processor() -> str:
     return f"{len(os.sched_getaffinity(0))} cores of {name}"
 
 
-def _stage(plan: LatentsPlan, number: int, images: int) -> float:
-    started: list[float] = []
+def _stage(plan: LatentsPlan, number: int, images: int) -> Speed:
+    clocks: list[Stopwatch] = []
 
     def archives() -> Iterator[str]:
-        started.append(time.perf_counter())  # models are loaded when the first archive is taken
+        clocks.append(Stopwatch())  # models are loaded when the first archive is taken
         yield from plan.archives
 
     events: list[dict[str, Any]] = []
     encode_archives(replace(plan, encoder_tag=f"round{number}"), events.append, archives())
-    ended = time.perf_counter()
+    speed = clocks[0].speed(images)
     assert sum(event.get("rows", 0) for event in events if event["event"] == "published") == images
-    return images / (ended - started[0])
+    return speed
 
 
-def _limit(encoders: Encoders, ready: Batch, images: int) -> float:
+def _limit(encoders: Encoders, ready: Batch, images: int) -> Speed:
     times = -(-images // len(ready))
-    started = time.perf_counter()
+    clock = Stopwatch()
     for encoded in [encoders.encode(ready) for _ in range(times)]:
         encoded.rejected()  # waits for the device
-    return times * len(ready) / (time.perf_counter() - started)
+    return clock.speed(times * len(ready))
 
 
 def _ready_batch(plan: LatentsPlan, encoders: Encoders) -> Batch:

@@ -8,21 +8,45 @@ Here: the reference's loop. Not here: ours (`stages.latents`), the measurement (
 from __future__ import annotations
 
 import io
+import os
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from md_assets.core.schema import latents_columns
 from md_assets.stages.latents_plan import LatentsPlan
 from md_assets.storage.mds import Shard, ShardReader, ShardWriter, read_index
 
+
+class Speed(NamedTuple):
+    """How fast something was: images by the clock, and seconds of processor time for each."""
+
+    images_per_s: float
+    cpu_s: float
+
+
+class Stopwatch:
+    """Runs from when it is made; processor time is that of this process and of the children that have ended."""
+
+    def __init__(self) -> None:
+        self._started_s, self._cpu_s = time.perf_counter(), _cpu_s()
+
+    def speed(self, images: int) -> Speed:
+        return Speed(images / (time.perf_counter() - self._started_s), (_cpu_s() - self._cpu_s) / images)
+
+
+def _cpu_s() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
 _loops: dict[str, ReferenceLoop] = {}
 
 
-def reference_speed(plan: LatentsPlan, device: str, images: int) -> float:
-    """Images per second of the reference's loop in this process, which keeps its models for the next call.
+def reference_speed(plan: LatentsPlan, device: str, images: int) -> Speed:
+    """The speed of the reference's loop in this process, which keeps its models for the next call.
 
     Args:
         plan: what to encode, into a folder that is removed.
@@ -33,7 +57,7 @@ def reference_speed(plan: LatentsPlan, device: str, images: int) -> float:
 
     if device not in _loops:
         _loops[device] = ReferenceLoop(plan, torch.device(device))
-    speed = _loops[device].images_per_s(plan, images)
+    speed = _loops[device].speed(plan, images)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return speed
@@ -52,7 +76,7 @@ class ReferenceLoop:
         self._text = open_clip.create_model(name).to(device).eval()
         self._tokenize = open_clip.get_tokenizer(name)
 
-    def images_per_s(self, plan: LatentsPlan, images: int) -> float:
+    def speed(self, plan: LatentsPlan, images: int) -> Speed:
         import torch
         from torch.utils.data import DataLoader
 
@@ -63,7 +87,7 @@ class ReferenceLoop:
         rows: Any = _Rows(shards, settings.image_resolutions, self._tokenize)
         columns = latents_columns(settings.image_resolutions, save_images=False)
         with tempfile.TemporaryDirectory() as out, ShardWriter(Path(out, "shards"), columns) as writer:
-            started = time.perf_counter()
+            clock = Stopwatch()
             for batch in DataLoader(rows, batch_size=plan.batch_size, num_workers=plan.num_workers):
                 with torch.no_grad(), autocast:
                     arrays = {"caption_latents": self._states(batch["tokens"].to(self._device)).half().cpu().numpy()}
@@ -75,7 +99,7 @@ class ReferenceLoop:
                     stored = {column: array[i].tobytes() for column, array in arrays.items()}
                     sizes = {column: int(batch[column][i]) for column in ("width", "height")}
                     writer.write({"key": key, "caption": batch["caption"][i], **sizes, **stored})
-        return images / (time.perf_counter() - started)
+        return clock.speed(images)
 
     def _states(self, tokens_BL: Any) -> Any:
         text = self._text

@@ -134,7 +134,9 @@ class EncodersResource(dg.ConfigurableResource):
     )
     batch_size: int = Field(default=32, ge=1, description="Images that go through the models at once.")
     model_dtype: str = Field(
-        default="auto", description="auto (bfloat16 on a GPU, float32 on a CPU), float32 or bfloat16."
+        default="auto",
+        description="auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, or float16 where the VAE bears it "
+        "(the default one does not).",
     )
     save_dtype: str = Field(default="float16", description="float16 or float32, of the stored latents.")
     latent_mode: str = Field(

@@ -14,6 +14,8 @@ def test_every_way_is_measured_in_each_round() -> None:
     assert (len(speeds.stage), len(speeds.limit), len(speeds.reference)) == (1, 1, 1)
     assert len(said) == 1 and said[0].startswith("round 1: stage ")
     assert min(speeds.stage + speeds.limit + speeds.reference) > 0
+    assert all(len(times) == 1 and times[0] > 0 for times in speeds.cpu_s.values())
+    assert "ms an image" in report(conditions, speeds)
     assert speeds.peak_bytes > 2**20
     assert "6 images at 32 and 64 px" in report(conditions, speeds)
 
@@ -29,6 +31,8 @@ def test_costs_are_those_of_the_stages_hours() -> None:
 def test_ratios_are_medians_of_rounds() -> None:
     speeds = Speeds("cpu", stage=[2.0, 9.0, 3.0], limit=[4.0, 10.0, 4.0], reference=[1.0, 3.0, 2.0])
     assert (speeds.ratio("limit"), speeds.ratio("reference")) == (0.75, 2.0)
+    speeds = Speeds("cpu", cpu_s={"stage": [2.0, 9.0, 3.0], "limit": [1.0, 9.0, 2.0], "reference": [4.0, 9.0, 9.0]})
+    assert (speeds.cpu_ratio("limit"), speeds.cpu_ratio("reference")) == (pytest.approx(2 / 3), 2.0)
 
 
 def test_what_cannot_be_measured_is_refused() -> None:
