@@ -110,6 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     latents.add_argument("--models", help="default, mid or tiny (default: default on a GPU, mid on a CPU)")
     latents.add_argument("--archives", type=int, default=2, help="how many (default: 2)")
     latents.add_argument("--images", type=int, default=64, help="of each archive (default: 64)")
+    latents.add_argument(
+        "--resolutions", dest="resolutions_px", type=int, nargs="+", default=[256, 512], help="px (default: 256 512)"
+    )
     latents.add_argument("--batch-size", type=int, default=32, help="images at once (default: 32)")
     latents.add_argument("--num-workers", type=int, help="processes that prepare batches (default: one for each core)")
     latents.add_argument("--model-dtype", help="bfloat16 or float32 (default: bfloat16 on a GPU, float32 on a CPU)")

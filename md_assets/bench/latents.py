@@ -138,7 +138,7 @@ def conditions_here(**given: Any) -> Conditions:
         "price_per_hour": None,
     }
     chosen: dict[str, Any] = {name: automatic[name] if value is None else value for name, value in given.items()}
-    conditions = Conditions(**chosen)
+    conditions = Conditions(**{**chosen, "resolutions_px": tuple(chosen.get("resolutions_px", (256, 512)))})
     if conditions.models not in ARCHITECTURES:
         raise SettingsError(f"there are no models {conditions.models!r}", f"Use one of {', '.join(ARCHITECTURES)}.")
     if min(conditions.archives, conditions.images, conditions.batch_size, conditions.rounds) < 1:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from md_assets.core.errors import SettingsError
+from md_assets.core.errors import SettingsError, one_line
 from md_assets.core.ledger import Reason
 from md_assets.core.schema import (
     CAPTION_COLUMN,
@@ -32,6 +32,9 @@ from md_assets.encoders.text import TextEncoder, Tokens
 from md_assets.encoders.transformers_text import TransformersText
 from md_assets.encoders.vae import VaeEncoder
 from md_assets.storage.models import OPENCLIP_PREFIX
+
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+"""What torch says of memory in errors without a type of their own."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -188,8 +191,10 @@ class Encoders:
             step = min(self.rows_at_once or len(batch), len(batch))
             try:
                 parts = [self._arrays(batch, slice(at, at + step)) for at in range(0, len(batch), step)]
-            except torch.cuda.OutOfMemoryError as error:
-                said = str(error)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                said = one_line(str(error))
             else:
                 return {column: torch.cat([part[column] for part in parts]) for column in parts[0]}
             # Not in the handler, where the traceback still holds the tensors that took the memory.
@@ -234,6 +239,11 @@ class Encoders:
             "device": _device_name(self.device),
             "model_dtype": self.model_dtype,
         }
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error of torch says that memory is not enough: a GPU's, also for a library's workspace, or a CPU's."""
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY)
 
 
 def pick_device(device: str, local_rank: int = 0) -> torch.device:

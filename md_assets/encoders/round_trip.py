@@ -19,7 +19,7 @@ import torch
 
 from md_assets.core.schema import CAPTION_COLUMN, CAPTION_LENGTH_COLUMN, latents_column
 from md_assets.encoders.batches import crops_of
-from md_assets.encoders.bundle import Encoders
+from md_assets.encoders.bundle import Encoders, is_out_of_memory
 from md_assets.storage.contact_sheet import pictures_sheet
 from md_assets.storage.latent_arrays import restored
 
@@ -57,7 +57,10 @@ def round_trip(encoders: Encoders, stored: Sequence[Mapping[str, Any]], jpegs: S
     crops = [crops_of(key, jpeg, resolutions_px) for key, jpeg in zip(keys, jpegs, strict=True)]
     try:
         decoded, again_BLD = _back(encoders, stored)
-    except torch.cuda.OutOfMemoryError:  # beside the batches that are on their way there may be no room for it
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        # beside the batches that are on their way there may be no room for it
         return RoundTrip({"skipped": "out of memory"}, None)
     psnr_db: dict[str, list[float]] = {}
     pictures: list[np.ndarray] = []

@@ -206,6 +206,35 @@ def test_memory_that_is_not_enough_halves_this_batch_and_the_next(tiny_encoders,
     assert asked == [2, 1]
 
 
+@pytest.mark.parametrize(
+    ("said", "halves"),
+    [
+        ("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_memory_errors_without_a_type_are_told_from_others(encoders, mds_rows, monkeypatch, said, halves) -> None:
+    encode, failed = encoders.vae.encode, []
+
+    def limited(images_BCHW):
+        if len(images_BCHW) > 1:
+            failed.append(len(images_BCHW))
+            raise RuntimeError(said)
+        return encode(images_BCHW)
+
+    monkeypatch.setattr(encoders.vae, "encode", limited)
+    monkeypatch.setattr(encoders, "rows_at_once", None)
+    batch = batch_of(mds_rows("a", 2), encoders)
+    if halves:
+        assert encoders.encode(batch).rows_at_once == 1
+    else:
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            encoders.encode(batch)
+    assert failed == [2]
+
+
 def test_one_image_that_does_not_fit_is_told_with_its_remedy(tiny_encoders, mds_rows, monkeypatch) -> None:
     encoders = Encoders.load(tiny_encoders.settings(), "cpu")
     out_of_memory_above(encoders, 0, monkeypatch)

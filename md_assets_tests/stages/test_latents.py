@@ -137,11 +137,11 @@ def test_neither_order_nor_workers_move_a_bit(plan: LatentsPlan) -> None:
         assert rows(other, archive) == rows(plan, archive)
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 32])
-def test_the_batch_size_moves_rows_by_rounding_only(plan: LatentsPlan, batch_size: int) -> None:
-    """See docs/decisions/010: a model's kernels are chosen by the batch's size."""
+def test_the_batch_size_moves_rows_by_rounding_only(plan: LatentsPlan) -> None:
+    """See docs/decisions/010: a model's kernels are chosen by the batch's size. More sizes, with more processes, in
+    `test_latents_worker`."""
     run(plan)
-    other = replace(plan, batch_size=batch_size, encoder_tag="other")
+    other = replace(plan, batch_size=1, encoder_tag="other")
     run(other)
     for archive in COUNTS:
         assert_same_rows(rows(other, archive), rows(plan, archive))
