@@ -60,8 +60,7 @@ def round_trip(encoders: Encoders, stored: Sequence[Mapping[str, Any]], jpegs: S
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        # beside the batches that are on their way there may be no room for it
-        return RoundTrip({"skipped": "out of memory"}, None)
+        return RoundTrip({"skipped": "out of memory"}, None)  # beside the batches that are on their way
     psnr_db: dict[str, list[float]] = {}
     pictures: list[np.ndarray] = []
     for px in resolutions_px:
