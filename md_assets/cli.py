@@ -110,10 +110,16 @@ def _parser() -> argparse.ArgumentParser:
     latents.add_argument("--models", help="default, mid or tiny (default: default on a GPU, mid on a CPU)")
     latents.add_argument("--archives", type=int, default=2, help="how many (default: 2)")
     latents.add_argument("--images", type=int, default=64, help="of each archive (default: 64)")
+    latents.add_argument(
+        "--resolutions", dest="resolutions_px", type=int, nargs="+", default=[256, 512], help="px (default: 256 512)"
+    )
     latents.add_argument("--batch-size", type=int, default=32, help="images at once (default: 32)")
     latents.add_argument("--num-workers", type=int, help="processes that prepare batches (default: one for each core)")
-    latents.add_argument("--model-dtype", default="bfloat16", help="also float32 (default: bfloat16)")
+    latents.add_argument("--model-dtype", help="bfloat16 or float32 (default: bfloat16 on a GPU, float32 on a CPU)")
     latents.add_argument("--rounds", type=int, default=3, help="how often each way is measured (default: 3)")
+    latents.add_argument(
+        "--price-per-hour", type=float, help="of the device, in any currency: also says what a million images cost"
+    )
     latents.set_defaults(run=_bench_latents)
     images = what.add_parser("images", help="images/s from archives to MDS shards, against the reference's way")
     images.add_argument("--dataset", default="all", help="jdb, sa1b, diffdb or cc12m (default: all of them)")
@@ -210,7 +216,7 @@ def _bench_latents(arguments: argparse.Namespace) -> int:
     from md_assets.bench.latents import conditions_here, measure, report
 
     conditions = conditions_here(**{name: value for name, value in vars(arguments).items() if name != "run"})
-    print(report(conditions, measure(conditions)))
+    print(report(conditions, measure(conditions, lambda line: print(line, flush=True))))
     return DONE
 
 

@@ -1,6 +1,7 @@
 """Fixtures that more than one test module uses: tiny encoders, and archives published without their sources."""
 
 import io
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,13 +19,17 @@ from md_assets.core.schema import MDS_COLUMNS
 from md_assets.core.settings import EncoderSettings, ImageSettings, mds_settings
 from md_assets.datasets.jdb import SPEC as JDB
 from md_assets.demo.tiny_encoders import write_tiny_clip, write_tiny_open_clip, write_tiny_t5, write_tiny_vae
-from md_assets.stages.latents import LatentsPlan
+from md_assets.stages.latents_plan import LatentsPlan
 from md_assets.storage.mds import ShardWriter, ledgered_files
 from md_assets.storage.publish import publish, scratch, with_files, workspace
 
 # Shells give jobs in the background an ignored SIGINT. Dagster makes SIGTERM behave like SIGINT, and what is ignored is
 # inherited: processes that tests start could not be terminated.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Before torch is imported, here and in the processes that tests start: the suite runs in two processes, and torch's
+# threads wait for each other by spinning. With a thread for each core, tiny models take five times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 Row = dict[str, Any]
 MdsRows = Callable[..., list[Row]]

@@ -1,17 +1,18 @@
 """How fast latents are made, against the limit of the models alone and against the reference's loop.
 
 Three ways are measured in turn, several times, on the same synthesized archives and models of the real architectures
-with random weights (as fast as trained ones, and nothing needs to be fetched):
+with random weights (as fast as trained ones, and nothing needs to be fetched), after a small archive has gone all three
+of them:
 - stage: `stages.latents.encode_archives`, from its first archive to the last ledger; loading models is left out;
 - limit: the models on batches that lie ready in memory;
 - reference: one DataLoader with PIL transforms, `vae.encode` under autocast, `.cpu()` and writing, batch by batch.
 
-Here: the measurement. Not here: its models and archives (`bench.latents_inputs`), the stage (`stages.latents`).
+Here: the measurement. Not here: its models and archives (`bench.latents_inputs`), the reference's loop
+(`bench.latents_reference`), the stage (`stages.latents`).
 """
 
 from __future__ import annotations
 
-import io
 import multiprocessing
 import os
 import resource
@@ -19,29 +20,38 @@ import statistics
 import subprocess
 import tempfile
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from md_assets.bench.latents_inputs import ARCHITECTURES, publish_mds, write_text, write_vae
+from md_assets.bench.latents_reference import Speed, Stopwatch, reference_speed
 from md_assets.core.errors import SettingsError
 from md_assets.core.paths import DataRoot
-from md_assets.core.schema import latents_columns
 from md_assets.core.settings import EncoderSettings, ImageSettings, mds_settings
 from md_assets.datasets import spec_of
 from md_assets.orchestration.latents_worker import keep_memory
-from md_assets.stages.latents import LatentsPlan, encode_archives
-from md_assets.storage.mds import Shard, ShardReader, ShardWriter, read_index
+from md_assets.stages.latents import encode_archives
+from md_assets.stages.latents_plan import LatentsPlan
+from md_assets.storage.mds import read_index
 
 if TYPE_CHECKING:
     from md_assets.encoders.batches import Batch
     from md_assets.encoders.bundle import Encoders
 
 DATASET = "jdb"
+
+WAYS = ("stage", "limit", "reference")
+
+WARM_UP = "train/199"
+"""An archive of one batch."""
+
+PACKAGES = ("torch", "diffusers", "open_clip_torch")
+"""Whose versions decide the speed."""
 
 UTILIZATION_INTERVAL_S = 0.5
 
@@ -53,9 +63,10 @@ class Conditions:
     Attributes:
         models: a key of `ARCHITECTURES`.
         archives, images: how many archives of how many images each.
-        resolutions_px, batch_size, num_workers, device, model_dtype: as in the settings of the same names. The
-            reference's loop runs under autocast to `model_dtype`.
+        resolutions_px, batch_size, num_workers, device: as in the settings of the same names.
+        model_dtype: of the models; the reference's loop runs under autocast to it, or without where it is float32.
         rounds: how often each way is measured.
+        price_per_hour: of the device, in any currency; None for no costs in the report.
     """
 
     models: str
@@ -67,6 +78,7 @@ class Conditions:
     device: str = "auto"
     model_dtype: str = "bfloat16"
     rounds: int = 3
+    price_per_hour: float | None = None
 
     @property
     def total(self) -> int:
@@ -79,21 +91,35 @@ class Speeds:
 
     Attributes:
         device: its name.
+        cpu_s: way -> seconds of processor time for an image, workers included, one number for each round. On a CPU they
+            say what a way costs, whatever else runs there; they do not tell waiting.
         gpu_utilization: mean of the driver's figure during the stage, 0–1; None on a CPU.
-        peak_bytes: of device memory during the stage, on a CPU of this process's memory at any time.
+        peak_bytes: of device memory that the stage took, its models included; on a CPU of this process's memory at any
+            time.
     """
 
     device: str
     stage: list[float] = field(default_factory=list)
     limit: list[float] = field(default_factory=list)
     reference: list[float] = field(default_factory=list)
+    cpu_s: dict[str, list[float]] = field(default_factory=dict)
     gpu_utilization: float | None = None
     peak_bytes: int = 0
+
+    def add(self, way: str, speed: Speed) -> None:
+        """Another round of one way."""
+        getattr(self, way).append(speed.images_per_s)
+        self.cpu_s.setdefault(way, []).append(speed.cpu_s)
 
     def ratio(self, of: str) -> float:
         """The stage's speed over another's; the median of the rounds."""
         others: list[float] = getattr(self, of)
         return statistics.median(ours / other for ours, other in zip(self.stage, others, strict=True))
+
+    def cpu_ratio(self, of: str) -> float:
+        """The same by processor time."""
+        times = zip(self.cpu_s["stage"], self.cpu_s[of], strict=True)
+        return statistics.median(other / ours for ours, other in times)
 
 
 def conditions_here(**given: Any) -> Conditions:
@@ -104,21 +130,31 @@ def conditions_here(**given: Any) -> Conditions:
     """
     import torch
 
+    has_gpu = torch.cuda.is_available()
     automatic: dict[str, Any] = {
-        "models": "default" if torch.cuda.is_available() else "mid",
+        "models": "default" if has_gpu else "mid",
+        "model_dtype": "bfloat16" if has_gpu else "float32",  # as the stage takes it
         "num_workers": len(os.sched_getaffinity(0)),
+        "price_per_hour": None,
     }
     chosen: dict[str, Any] = {name: automatic[name] if value is None else value for name, value in given.items()}
-    conditions = Conditions(**chosen)
+    conditions = Conditions(**{**chosen, "resolutions_px": tuple(chosen.get("resolutions_px", (256, 512)))})
     if conditions.models not in ARCHITECTURES:
         raise SettingsError(f"there are no models {conditions.models!r}", f"Use one of {', '.join(ARCHITECTURES)}.")
     if min(conditions.archives, conditions.images, conditions.batch_size, conditions.rounds) < 1:
         raise SettingsError("archives, images, batch size and rounds must be positive", "Give at least 1 of each.")
+    if conditions.price_per_hour is not None and not conditions.price_per_hour > 0:
+        raise SettingsError(f"a price of {conditions.price_per_hour} is not positive", "Leave it out, or correct it.")
     return conditions
 
 
-def measure(conditions: Conditions) -> Speeds:
-    """Make archives and models in a temporary folder, and measure the three ways in turn."""
+def measure(conditions: Conditions, say: Callable[[str], None] = lambda line: None) -> Speeds:
+    """Make archives and models in a temporary folder, and measure the three ways in turn.
+
+    Args:
+        conditions: see there.
+        say: takes a line of text after each round.
+    """
     import torch
 
     from md_assets.encoders.bundle import Encoders
@@ -135,20 +171,25 @@ def measure(conditions: Conditions) -> Speeds:
         if not has_gpu:
             keep_memory()
         ready = _ready_batch(plan, encoders)
-        speeds = Speeds(torch.cuda.get_device_name(encoders.device) if has_gpu else str(encoders.device))
+        speeds = Speeds(torch.cuda.get_device_name(encoders.device) if has_gpu else _processor())
         for number in range(conditions.rounds + 1):
-            slow = reference.submit(_reference, plan, str(encoders.device), conditions.total).result()
-            limit = _limit(encoders, ready, conditions.total)
-            with _watched(has_gpu) as watched:
-                fast = _stage(plan, number, conditions.total)
+            of_round, images = (plan, conditions.total) if number else (_warm_up(plan), conditions.batch_size)
+            slow = reference.submit(reference_speed, of_round, str(encoders.device), images).result()
+            limit = _limit(encoders, ready, images)
             if has_gpu:
-                speeds.peak_bytes = torch.cuda.max_memory_reserved(encoders.device)
+                torch.cuda.reset_peak_memory_stats(encoders.device)
+                before_bytes = torch.cuda.memory_allocated(encoders.device)
+            with _watched(has_gpu) as watched:
+                fast = _stage(of_round, number, images)
+            if has_gpu:
+                speeds.peak_bytes = torch.cuda.max_memory_allocated(encoders.device) - before_bytes
                 torch.cuda.empty_cache()  # room for the reference's process
-            if number:  # the first round warms up caches and kernels
-                speeds.limit.append(limit)
-                speeds.reference.append(slow)
-                speeds.stage.append(fast)
+            if number:
+                for way, speed in zip(WAYS, (fast, limit, slow), strict=True):
+                    speeds.add(way, speed)
                 speeds.gpu_utilization = statistics.mean(watched) if watched else None
+                each = [f"{way} {s.images_per_s:.2f}" for way, s in zip(WAYS, (fast, limit, slow), strict=True)]
+                say(f"round {number}: {', '.join(each)} images/s")
         if not has_gpu:
             speeds.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return speeds
@@ -158,38 +199,62 @@ def report(conditions: Conditions, speeds: Speeds) -> str:
     """The result as text."""
     sizes = " and ".join(map(str, conditions.resolutions_px))
     utilization = "" if speeds.gpu_utilization is None else f"GPU utilization {speeds.gpu_utilization:.0%}, "
-    median = {way: statistics.median(getattr(speeds, way)) for way in ("stage", "limit", "reference")}
+    median = {way: statistics.median(getattr(speeds, way)) for way in WAYS}
+    cpu = ""
+    if speeds.gpu_utilization is None:
+        of = {way: statistics.median(speeds.cpu_s[way]) * 1e3 for way in WAYS}
+        cpu = (
+            f"\n  by processor time: {of['stage']:.0f}, {of['limit']:.0f} and {of['reference']:.0f} ms an image; "
+            f"{speeds.cpu_ratio('limit'):.2f} of the limit, {speeds.cpu_ratio('reference'):.2f} times the reference"
+        )
+    versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+    cost = (
+        ""
+        if conditions.price_per_hour is None
+        else (
+            f"\n  at {conditions.price_per_hour:g} an hour, a million images cost "
+            f"{conditions.price_per_hour * 1e6 / 3600 / median['stage']:,.2f} by the stage, "
+            f"{conditions.price_per_hour * 1e6 / 3600 / median['reference']:,.2f} by the reference's loop"
+        )
+    )
     return (
         f"{conditions.models} models in {conditions.model_dtype} on {speeds.device}, {conditions.total} images at "
         f"{sizes} px, batches of {conditions.batch_size}, {conditions.num_workers} workers, medians of "
-        f"{conditions.rounds} rounds:\n"
+        f"{conditions.rounds} rounds, {versions}:\n"
         f"  stage      {median['stage']:8.2f} images/s ({utilization}peak memory {speeds.peak_bytes / 2**30:.1f} GiB)\n"
         f"  limit      {median['limit']:8.2f} images/s; the stage reaches {speeds.ratio('limit'):.2f} of it\n"
         f"  reference  {median['reference']:8.2f} images/s; the stage is {speeds.ratio('reference'):.2f} times as fast"
+        f"{cpu}{cost}"
     )
 
 
-def _stage(plan: LatentsPlan, number: int, images: int) -> float:
-    started: list[float] = []
+def _processor() -> str:
+    """The name of the CPU and how many cores of it this process may use."""
+    found = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    name = found[0].partition(":")[2].strip() if found else "a CPU"
+    return f"{len(os.sched_getaffinity(0))} cores of {name}"
+
+
+def _stage(plan: LatentsPlan, number: int, images: int) -> Speed:
+    clocks: list[Stopwatch] = []
 
     def archives() -> Iterator[str]:
-        started.append(time.perf_counter())  # models are loaded when the first archive is taken
+        clocks.append(Stopwatch())  # models are loaded when the first archive is taken
         yield from plan.archives
 
     events: list[dict[str, Any]] = []
-    this_round = LatentsPlan(**{**vars(plan), "encoder_tag": f"round{number}"})
-    encode_archives(this_round, events.append, archives())
-    ended = time.perf_counter()
+    encode_archives(replace(plan, encoder_tag=f"round{number}"), events.append, archives())
+    speed = clocks[0].speed(images)
     assert sum(event.get("rows", 0) for event in events if event["event"] == "published") == images
-    return images / (ended - started[0])
+    return speed
 
 
-def _limit(encoders: Encoders, ready: Batch, images: int) -> float:
+def _limit(encoders: Encoders, ready: Batch, images: int) -> Speed:
     times = -(-images // len(ready))
-    started = time.perf_counter()
+    clock = Stopwatch()
     for encoded in [encoders.encode(ready) for _ in range(times)]:
         encoded.not_finite()  # waits for the device
-    return times * len(ready) / (time.perf_counter() - started)
+    return clock.speed(times * len(ready))
 
 
 def _ready_batch(plan: LatentsPlan, encoders: Encoders) -> Batch:
@@ -202,97 +267,9 @@ def _ready_batch(plan: LatentsPlan, encoders: Encoders) -> Batch:
     return batch.pin_memory() if encoders.device.type == "cuda" else batch
 
 
-_loops: dict[str, _ReferenceLoop] = {}
-
-
-def _reference(plan: LatentsPlan, device: str, images: int) -> float:
-    """The speed of the reference's loop in this process, which keeps its models for the next call."""
-    import torch
-
-    if device not in _loops:
-        _loops[device] = _ReferenceLoop(plan, torch.device(device))
-    speed = _loops[device].images_per_s(images)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return speed
-
-
-class _ReferenceLoop:
-    """The reference's way on the same models: everything of a batch one after the other."""
-
-    def __init__(self, plan: LatentsPlan, device: Any) -> None:
-        import open_clip
-        from diffusers import AutoencoderKL
-
-        self._plan, self._device = plan, device
-        self._vae = AutoencoderKL.from_pretrained(plan.encoders.vae, subfolder="vae").to(device).eval()
-        name = plan.encoders.text_encoder.removeprefix("openclip:")
-        self._text = open_clip.create_model(name).to(device).eval()
-        self._tokenize = open_clip.get_tokenizer(name)
-
-    def images_per_s(self, images: int) -> float:
-        import torch
-        from torch.utils.data import DataLoader
-
-        plan, settings = self._plan, self._plan.encoders
-        dtype = getattr(torch, settings.model_dtype)
-        autocast = torch.autocast(self._device.type, dtype=dtype, enabled=dtype != torch.float32)
-        shards = [shard for archive in plan.archives for shard in read_index(plan.mds_dir.data(archive))]
-        rows: Any = _ReferenceRows(shards, settings.image_resolutions, self._tokenize)
-        columns = latents_columns(settings.image_resolutions, save_images=False)
-        with tempfile.TemporaryDirectory() as out, ShardWriter(Path(out, "shards"), columns) as writer:
-            started = time.perf_counter()
-            for batch in DataLoader(rows, batch_size=plan.batch_size, num_workers=plan.num_workers):
-                with torch.no_grad(), autocast:
-                    arrays = {"caption_latents": self._states(batch["tokens"].to(self._device)).half().cpu().numpy()}
-                    for px in settings.image_resolutions:
-                        latents = self._vae.encode(batch[f"image_{px}"].to(self._device)).latent_dist.sample()
-                        latents = latents * self._vae.config.scaling_factor
-                        arrays[f"latents_{px}"] = latents.half().cpu().numpy()
-                for i, key in enumerate(batch["key"]):
-                    stored = {column: array[i].tobytes() for column, array in arrays.items()}
-                    sizes = {column: int(batch[column][i]) for column in ("width", "height")}
-                    writer.write({"key": key, "caption": batch["caption"][i], **sizes, **stored})
-        return images / (time.perf_counter() - started)
-
-    def _states(self, tokens_BL: Any) -> Any:
-        text = self._text
-        x_BLD = text.token_embedding(tokens_BL) + text.positional_embedding
-        return text.ln_final(text.transformer(x_BLD, attn_mask=text.attn_mask))
-
-
-class _ReferenceRows:
-    """Rows with their images as torchvision's transforms make them of PIL images."""
-
-    def __init__(self, shards: Sequence[Shard], resolutions_px: Sequence[int], tokenize: Any) -> None:
-        from torchvision import transforms
-
-        bicubic = transforms.InterpolationMode.BICUBIC
-        self._transforms = {
-            px: transforms.Compose(
-                [
-                    transforms.Resize(px, interpolation=bicubic),
-                    transforms.CenterCrop(px),
-                    transforms.ToTensor(),
-                    transforms.Normalize([0.5], [0.5]),
-                ]
-            )
-            for px in resolutions_px
-        }
-        self._addresses = [(shard, row) for shard in shards for row in range(shard.rows)]
-        self._tokenize = tokenize
-
-    def __len__(self) -> int:
-        return len(self._addresses)
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        from PIL import Image
-
-        shard, row = self._addresses[number]
-        values = ShardReader(shard)[row]
-        image = Image.open(io.BytesIO(values.pop("jpg"))).convert("RGB")
-        values |= {f"image_{px}": transform(image) for px, transform in self._transforms.items()}
-        return {**values, "tokens": self._tokenize([values["caption"]])[0]}
+def _warm_up(plan: LatentsPlan) -> LatentsPlan:
+    """The plan for the small archive."""
+    return replace(plan, archives=(WARM_UP,))
 
 
 def _prepared(folder: Path, conditions: Conditions) -> LatentsPlan:
@@ -303,6 +280,7 @@ def _prepared(folder: Path, conditions: Conditions) -> LatentsPlan:
     archives = tuple(f"train/{number:03}" for number in range(conditions.archives))
     for archive in archives:
         publish_mds(root, DATASET, archive, conditions.images, settings)
+    publish_mds(root, DATASET, WARM_UP, conditions.batch_size, settings)
     encoders = EncoderSettings(
         vae=str(write_vae(folder / "vae", architecture)),
         text_encoder=f"openclip:local-dir:{write_text(folder / 'text', architecture)}",

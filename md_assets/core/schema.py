@@ -32,9 +32,15 @@ LATENT_MODES = ("sample", "mean", "moments")
 """What `latents_<px>` holds of the VAE's posterior, normalised: a sample, its mean, or its mean and then its standard
 deviation, one below the other (2C×h×w), from which a reader draws `mean + std × noise` anew in each epoch."""
 
+TEXT_STORAGES = ("full", "trimmed")
+"""What `caption_latents` holds of a caption's L states: all, or the leading ones up to and including its end-of-text
+token (1×caption_length×D), the same numbers, without those of the padding behind it."""
+
+CAPTION_COLUMN = "caption_latents"
+
 CAPTION_LENGTH_COLUMN = "caption_length"
 """Leading positions of `caption_latents` that belong to the caption; the rest is padding to be masked. Only where the
-text encoder masks padding itself (T5)."""
+text encoder masks padding itself (T5) or the states of padding are not stored (`text_storage` trimmed)."""
 
 
 def latents_column(resolution_px: int) -> str:
@@ -47,9 +53,10 @@ def latents_columns(
 ) -> dict[str, str]:
     """Column -> MDS encoding of the latents stage.
 
-    `caption_latents` is 1×L×D, `latents_<px>` is C×(px/8)×(px/8) (see `LATENT_MODES`), both row-major in `save_dtype`.
+    `caption_latents` is 1×L×D (see `TEXT_STORAGES`), `latents_<px>` is C×(px/8)×(px/8) (see `LATENT_MODES`), both
+    row-major in `save_dtype`.
     """
-    columns = {"key": "str", "caption": "str", "caption_latents": "bytes"}
+    columns = {"key": "str", "caption": "str", CAPTION_COLUMN: "bytes"}
     columns |= {latents_column(px): "bytes" for px in resolutions_px}
     columns |= {"width": "int32", "height": "int32"}
     if with_caption_length:

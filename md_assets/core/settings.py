@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from md_assets.core.errors import SettingsError
-from md_assets.core.schema import LATENT_MODES
+from md_assets.core.schema import LATENT_MODES, TEXT_STORAGES
 from md_assets.core.spec import DatasetSpec, Subset
 
 FORMAT_VERSION = 2
@@ -80,6 +80,7 @@ class EncoderSettings:
             or, where the VAE bears it, `float16`.
         save_dtype: of the stored arrays: `float16` or `float32`.
         latent_mode: what is stored of the VAE's posterior, see `core.schema.LATENT_MODES`.
+        text_storage: what is stored of a caption's states, see `core.schema.TEXT_STORAGES`.
         seed: of the posterior noise; the noise of a sample depends on the seed and its key only. Decides nothing in the
             other modes than `sample`.
         save_images: whether the JPEG goes into the latents' shards too.
@@ -96,6 +97,7 @@ class EncoderSettings:
     model_dtype: str = "auto"
     save_dtype: str = "float16"
     latent_mode: str = "sample"
+    text_storage: str = "full"
     seed: int = 0
     save_images: bool = False
 
@@ -120,11 +122,20 @@ class EncoderSettings:
             raise SettingsError(
                 f"latent_mode {self.latent_mode!r} is unknown", f"Use one of {', '.join(LATENT_MODES)}."
             )
+        if self.text_storage not in TEXT_STORAGES:
+            raise SettingsError(
+                f"text_storage {self.text_storage!r} is unknown", f"Use one of {', '.join(TEXT_STORAGES)}."
+            )
 
     def as_fingerprinted(self) -> dict[str, Any]:
-        """The settings that decide stored values: where the weights lie is left out, what they are stays."""
+        """The settings that decide stored values: where the weights lie is left out, what they are stays.
+
+        `text_storage` full is left out too, so that what was made before the setting existed stays current.
+        """
         settings = asdict(self)
         del settings["vae"], settings["text_encoder"]
+        if self.text_storage == "full":
+            del settings["text_storage"]
         settings["image_resolutions"] = list(self.image_resolutions)
         return settings
 

@@ -29,7 +29,7 @@ from torchvision.transforms.v2 import functional
 from md_assets.core.errors import MdAssetsError, one_line
 from md_assets.encoders.text import Tokenize, Tokens
 from md_assets.encoders.vae import posterior_noise
-from md_assets.storage.mds import Shard, ShardReader
+from md_assets.storage.mds import Shard, ShardError, ShardReader, verify_shard
 
 
 class Archive(Protocol):
@@ -65,6 +65,8 @@ class Batch:
         archive: its ID.
         key, caption, width, height, jpg: as in mds.
         tokens: of the captions.
+        faults: why a row cannot be encoded, empty where it can. Such a row goes through the models with a black image,
+            so that the others stay in their places, and is not stored.
         images_BCHW: resolution in px -> square crops, uint8, 0–255.
         noise_BChw: resolution in px -> see `encoders.vae.posterior_noise`; empty where none is wanted.
     """
@@ -76,6 +78,7 @@ class Batch:
     height: list[int]
     jpg: list[bytes]
     tokens: Tokens
+    faults: list[str]
     images_BCHW: dict[int, torch.Tensor]
     noise_BChw: dict[int, torch.Tensor]
 
@@ -96,7 +99,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """What comes in the place of a batch of which a row cannot be read.
+    """What comes in the place of a batch of which a row cannot be read, because its shard was damaged.
 
     Attributes:
         archive: its ID.
@@ -189,6 +192,7 @@ class PreparedBatches(Dataset[Batch | Unreadable]):
     def __init__(self, preparation: Preparation) -> None:
         self._preparation = preparation
         self._reader: ShardReader | None = None
+        self._intact: set[Shard] = set()
 
     def __getitem__(self, addresses: Sequence[RowAddress]) -> Batch | Unreadable:
         """The batch of rows at `addresses`, all of one archive.
@@ -206,7 +210,15 @@ class PreparedBatches(Dataset[Batch | Unreadable]):
         to = self._preparation
         rows = [self._row(address) for address in addresses]
         keys, captions = [row["key"] for row in rows], [row["caption"] for row in rows]
-        crops = [crops_of(row["key"], row["jpg"], to.resolutions_px) for row in rows]
+        crops, faults = [], []
+        for address, row in zip(addresses, rows, strict=True):
+            try:
+                crops.append(crops_of(row["key"], row["jpg"], to.resolutions_px))
+                faults.append("")
+            except UnreadableRowError as error:
+                self._verify(address.shard, error)
+                crops.append({px: torch.zeros(3, px, px, dtype=torch.uint8) for px in to.resolutions_px})
+                faults.append(str(error))
         return Batch(
             archive=archive,
             key=keys,
@@ -215,6 +227,7 @@ class PreparedBatches(Dataset[Batch | Unreadable]):
             height=[row["height"] for row in rows],
             jpg=[row["jpg"] for row in rows],
             tokens=to.tokenize(captions),
+            faults=faults,
             images_BCHW={px: torch.stack([crop[px] for crop in crops]) for px in to.resolutions_px},
             noise_BChw={
                 px: torch.stack([posterior_noise(to.seed, key, px, to.noise_channels) for key in keys])
@@ -222,6 +235,16 @@ class PreparedBatches(Dataset[Batch | Unreadable]):
                 if to.noise_channels
             },
         )
+
+    def _verify(self, shard: Shard, error: UnreadableRowError) -> None:
+        """Raise where `error` is the disk's: then the row was whole once, and will be when mds is made again."""
+        if shard in self._intact:
+            return
+        try:
+            verify_shard(shard)
+        except ShardError:
+            raise UnreadableRowError(f"{error}, and {shard.path} does not hash to what its index says") from error
+        self._intact.add(shard)
 
     def _row(self, address: RowAddress) -> dict[str, Any]:
         if self._reader is None or self._reader.shard != address.shard:
@@ -241,7 +264,7 @@ def crops_of(key: str, jpeg: bytes, resolutions_px: Sequence[int]) -> dict[int, 
 
     Raises:
         UnreadableRowError: the image cannot be decoded. raw decodes every image that it keeps, so this one was
-            damaged since.
+            most probably damaged since.
     """
     try:
         with Image.open(io.BytesIO(jpeg)) as opened:

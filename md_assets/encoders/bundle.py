@@ -16,8 +16,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from md_assets.core.errors import SettingsError
-from md_assets.core.schema import CAPTION_LENGTH_COLUMN, LATENT_DOWNSCALE, latents_column, latents_columns
+from md_assets.core.errors import SettingsError, one_line
+from md_assets.core.schema import (
+    CAPTION_COLUMN,
+    CAPTION_LENGTH_COLUMN,
+    LATENT_DOWNSCALE,
+    latents_column,
+    latents_columns,
+)
 from md_assets.core.settings import EncoderSettings
 from md_assets.encoders.batches import Batch, Preparation
 from md_assets.encoders.open_clip_text import OpenClipText
@@ -25,6 +31,9 @@ from md_assets.encoders.text import TextEncoder, Tokens
 from md_assets.encoders.transformers_text import TransformersText
 from md_assets.encoders.vae import VaeEncoder
 from md_assets.storage.models import OPENCLIP_PREFIX
+
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+"""What torch says of memory in errors without a type of their own."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,6 +48,7 @@ class Encoded:
         finite_B: whether every number of a row's arrays is finite.
         arrived: of a GPU: when arrays and `finite_B` may be read.
         columns: of a row.
+        trimmed: whether only a caption's own states are stored.
         rows_at_once: how many rows went through the models together, where the memory did not take all.
     """
 
@@ -47,7 +57,12 @@ class Encoded:
     finite_B: torch.Tensor
     arrived: torch.cuda.Event | None
     columns: tuple[str, ...]
+    trimmed: bool
     rows_at_once: int | None
+
+    def undecodable(self) -> list[str]:
+        """Keys of the rows whose images cannot be decoded; they are not stored."""
+        return [key for key, fault in zip(self.batch.key, self.batch.faults, strict=True) if fault]
 
     def not_finite(self) -> list[str]:
         """Keys of the rows with a NaN or an infinity; waits for the device."""
@@ -56,17 +71,29 @@ class Encoded:
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows as they are stored, see `core.schema.latents_columns`; waits for the device."""
-        self._wait()
-        batch, arrays = self.batch, {column: array.numpy() for column, array in self.arrays.items()}
+        kept, batch = self._kept(), self.batch
         values: dict[str, Any] = {column: getattr(batch, column, None) for column in self.columns}
-        values |= {column: [row.tobytes() for row in array] for column, array in arrays.items()}
-        values[CAPTION_LENGTH_COLUMN] = batch.tokens.attended_B.tolist()
-        return [{column: values[column][i] for column in self.columns} for i in range(len(batch))]
+        values |= {column: array.numpy() for column, array in self.arrays.items()}
+        values[CAPTION_LENGTH_COLUMN] = lengths = batch.tokens.own_B.tolist()
+        if self.trimmed:
+            values[CAPTION_COLUMN] = [row[:own] for row, own in zip(values[CAPTION_COLUMN], lengths, strict=True)]
+        return [{c: values[c][i].tobytes() if c in self.arrays else values[c][i] for c in self.columns} for i in kept]
 
     def values(self) -> dict[str, npt.NDArray[np.float32]]:
-        """The stored numbers, which float32 holds exactly: column -> B×…; waits for the device."""
-        self._wait()  # and torch converts, in a tenth of the time that numpy takes
-        return {column: array.float().numpy() for column, array in self.arrays.items()}
+        """The numbers of the rows that are stored, which float32 holds exactly: column -> B×…, captions with their
+        padding; waits for the device."""
+        kept = self._kept()  # and torch converts, in a tenth of the time that numpy takes
+        whole = len(kept) == len(self.batch)
+        return {c: (array if whole else array[kept]).float().numpy() for c, array in self.arrays.items()}
+
+    def caption_lengths(self) -> list[int]:
+        """Of the rows that are stored, the leading positions that a reader takes for the caption's."""
+        lengths, length = self.batch.tokens.own_B.tolist(), self.arrays[CAPTION_COLUMN].shape[1]
+        return [lengths[i] if CAPTION_LENGTH_COLUMN in self.columns else length for i in self._kept()]
+
+    def _kept(self) -> list[int]:
+        self._wait()
+        return [i for i, fault in enumerate(self.batch.faults) if not fault]
 
     def _wait(self) -> None:
         if self.arrived is not None:
@@ -81,6 +108,9 @@ class Encoders:
         vae, text: the models, on one device.
         device, dtype: where and in what they run.
 
+    Raises:
+        SettingsError: captions are to be trimmed, and the text encoder's tokenizer does not tell where they end.
+
     Attributes:
         rows_at_once: rows that go through the models together; None as long as the memory takes every batch.
         models_lock: held by whoever runs a model; they keep state while they run.
@@ -93,9 +123,18 @@ class Encoders:
         self.settings, self.vae, self.text = settings, vae, text
         self.device = device
         self.model_dtype = str(dtype).removeprefix("torch.")
+        self._trimmed = settings.text_storage == "trimmed"
+        if self._trimmed and not text.tells_end:
+            raise SettingsError(
+                f"the tokenizer of {settings.text_encoder} does not tell where a caption ends, so captions cannot be "
+                "trimmed",
+                "Set text_storage to full.",
+            )
         noise_channels = vae.latent_channels if settings.latent_mode == "sample" else 0
         self.preparation = Preparation(text.tokenize, settings.image_resolutions, settings.seed, noise_channels)
-        self.columns = latents_columns(settings.image_resolutions, settings.save_images, text.masks_padding)
+        self.columns = latents_columns(
+            settings.image_resolutions, settings.save_images, text.masks_padding or self._trimmed
+        )
         self.rows_at_once: int | None = None
         self.models_lock = threading.Lock()
 
@@ -115,6 +154,8 @@ class Encoders:
             torch.cuda.set_device(on)  # else pinning memory takes half a gigabyte of the first GPU for each process
         automatic = "bfloat16" if on.type == "cuda" else "float32"
         dtype = DTYPES[automatic if settings.model_dtype == "auto" else settings.model_dtype]
+        if dtype == torch.float32:
+            torch.backends.cudnn.allow_tf32 = False  # by default a GPU's convolutions keep 10 bits of float32's 23
         vae = VaeEncoder.load(settings.vae, settings.vae_revision, on, dtype)
         family: Any = OpenClipText if settings.text_encoder.startswith(OPENCLIP_PREFIX) else TransformersText
         text = family.load(settings.text_encoder, settings.text_encoder_revision, on, dtype)
@@ -140,15 +181,17 @@ class Encoders:
             if self.device.type == "cuda":
                 arrived = torch.cuda.Event(blocking=True)
                 arrived.record(torch.cuda.current_stream(self.device))
-        return Encoded(batch, arrays, finite_B, arrived, tuple(self.columns), self.rows_at_once)
+        return Encoded(batch, arrays, finite_B, arrived, tuple(self.columns), self._trimmed, self.rows_at_once)
 
     def _arrays_in_parts(self, batch: Batch) -> dict[str, torch.Tensor]:
         while True:
             step = min(self.rows_at_once or len(batch), len(batch))
             try:
                 parts = [self._arrays(batch, slice(at, at + step)) for at in range(0, len(batch), step)]
-            except torch.cuda.OutOfMemoryError as error:
-                said = str(error)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                said = one_line(str(error))
             else:
                 return {column: torch.cat([part[column] for part in parts]) for column in parts[0]}
             # Not in the handler, where the traceback still holds the tensors that took the memory.
@@ -163,7 +206,7 @@ class Encoders:
 
     def _arrays(self, batch: Batch, part: slice) -> dict[str, torch.Tensor]:
         stored = DTYPES[self.settings.save_dtype]
-        arrays = {"caption_latents": self.text.encode(Tokens(*(of[part] for of in batch.tokens))).to(stored)}
+        arrays = {CAPTION_COLUMN: self.text.encode(Tokens(*(of[part] for of in batch.tokens))).to(stored)}
         for px, images_BCHW in batch.images_BCHW.items():
             mean_BChw, std_BChw = self.vae.encode(images_BCHW[part])
             if self.settings.latent_mode == "moments":
@@ -180,18 +223,24 @@ class Encoders:
         """What a reader must know of the stored arrays, and what made them; for the ledger's details."""
         channels = self.vae.latent_channels * (2 if self.settings.latent_mode == "moments" else 1)
         return {
-            "caption_latents": [1, self.text.length, self.text.width],
+            CAPTION_COLUMN: [1, self.text.length, self.text.width],
             "image_latents": {
                 str(px): [channels, px // LATENT_DOWNSCALE, px // LATENT_DOWNSCALE]
                 for px in self.settings.image_resolutions
             },
             "dtype": self.settings.save_dtype,
             "latent_mode": self.settings.latent_mode,
+            **({"text_storage": "trimmed"} if self._trimmed else {}),
             "vae": self.settings.vae,
             "text_encoder": self.settings.text_encoder,
             "device": _device_name(self.device),
             "model_dtype": self.model_dtype,
         }
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error of torch says that memory is not enough: a GPU's, also for a library's workspace, or a CPU's."""
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY)
 
 
 def pick_device(device: str, local_rank: int = 0) -> torch.device:

@@ -19,6 +19,7 @@ import open_clip
 import torch
 from huggingface_hub import snapshot_download
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+from open_clip.tokenizer import SimpleTokenizer
 
 from md_assets.core.errors import SettingsError
 from md_assets.encoders.text import Tokens
@@ -54,6 +55,7 @@ class OpenClipText:
     ) -> None:
         del model.visual
         self.tokenize = _Tokenizer(tokenizer)
+        self.tells_end = self.tokenize.end is not None
         self._model = model.to(device, dtype).eval().requires_grad_(False)
         self._device = device
         self._seen: list[torch.Tensor] = []
@@ -111,14 +113,23 @@ class OpenClipText:
 
 
 class _Tokenizer:
-    """A tokenizer of open_clip; CLIP attends to padding as to any token."""
+    """A tokenizer of open_clip.
+
+    Attributes:
+        end: number of the end-of-text token; None for tokenizers of other models than CLIP, which open_clip wraps.
+    """
 
     def __init__(self, tokenizer: Callable[[Sequence[str]], torch.Tensor]) -> None:
         self._tokenizer = tokenizer
+        self.end: int | None = tokenizer.eot_token_id if isinstance(tokenizer, SimpleTokenizer) else None
 
     def __call__(self, captions: Sequence[str]) -> Tokens:
         ids_BL = self._tokenizer(captions)
-        return Tokens(ids_BL, torch.full((len(ids_BL),), ids_BL.shape[1]))
+        length = ids_BL.shape[1]
+        if self.end is None:
+            return Tokens(ids_BL, torch.full((len(ids_BL),), length))
+        # The last one: a caption may spell the token out. Padding is 0, which is a token of captions too ("!").
+        return Tokens(ids_BL, length - (ids_BL == self.end).flip(1).int().argmax(1))
 
 
 def _fetched(repo: str, commit: str) -> Path:

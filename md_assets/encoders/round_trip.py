@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from md_assets.core.schema import latents_column
+from md_assets.core.schema import CAPTION_COLUMN, CAPTION_LENGTH_COLUMN, latents_column
 from md_assets.encoders.batches import crops_of
-from md_assets.encoders.bundle import Encoders
+from md_assets.encoders.bundle import Encoders, is_out_of_memory
 from md_assets.storage.contact_sheet import pictures_sheet
+from md_assets.storage.latent_arrays import restored
 
 MAX_PSNR_DB = 99.0
 """Said of equal pictures, whose PSNR is infinite; JSON has no word for that."""
@@ -56,15 +57,21 @@ def round_trip(encoders: Encoders, stored: Sequence[Mapping[str, Any]], jpegs: S
     crops = [crops_of(key, jpeg, resolutions_px) for key, jpeg in zip(keys, jpegs, strict=True)]
     try:
         decoded, again_BLD = _back(encoders, stored)
-    except torch.cuda.OutOfMemoryError:  # beside the batches that are on their way there may be no room for it
-        return RoundTrip({"skipped": "out of memory"}, None)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return RoundTrip({"skipped": "out of memory"}, None)  # beside the batches that are on their way
     psnr_db: dict[str, list[float]] = {}
     pictures: list[np.ndarray] = []
     for px in resolutions_px:
         pairs = [(crop[px].permute(1, 2, 0).numpy(), back) for crop, back in zip(crops, decoded[px], strict=True)]
         psnr_db[str(px)] = [_psnr_db(*pair) for pair in pairs]
         pictures = [picture for pair in pairs for picture in pair]
-    stored_BLD = _array(encoders, stored, "caption_latents").float().reshape(again_BLD.shape)
+    stored_BLD = torch.stack([_caption(encoders, row) for row in stored]).float()
+    if encoders.settings.text_storage == "trimmed":
+        own_B = torch.tensor([row[CAPTION_LENGTH_COLUMN] for row in stored])
+        own_BL1 = (torch.arange(encoders.text.length) < own_B[:, None])[..., None]
+        again_BLD = torch.where(own_BL1, again_BLD, 0.0)  # as padding is restored
     error_B = (stored_BLD - again_BLD).flatten(1).norm(dim=1) / again_BLD.flatten(1).norm(dim=1)
     caption_error = [round(error, 6) for error in error_B.tolist()]
     return RoundTrip({"keys": keys, "psnr_db": psnr_db, "caption_error": caption_error}, pictures_sheet(pictures))
@@ -88,6 +95,12 @@ def _back(encoders: Encoders, stored: Sequence[Mapping[str, Any]]) -> tuple[dict
         again_BLD = encoders.text.encode(tokens).float()
     decoded = {px: list(images.permute(0, 2, 3, 1).cpu().numpy()) for px, images in decoded_BCHW.items()}
     return decoded, again_BLD.cpu()
+
+
+def _caption(encoders: Encoders, row: Mapping[str, Any]) -> torch.Tensor:
+    """Its states, L×D, with zeros where padding is not stored."""
+    shape = (encoders.text.length, encoders.text.width)
+    return torch.from_numpy(restored(row[CAPTION_COLUMN], shape, encoders.settings.save_dtype))
 
 
 def _array(encoders: Encoders, stored: Sequence[Mapping[str, Any]], column: str) -> torch.Tensor:

@@ -19,12 +19,12 @@ class Tokens(NamedTuple):
 
     Attributes:
         ids_BL: int64.
-        attended_B: int64; leading positions of each caption that the model attends to: all L where it does not mask
-            padding, as CLIP does not.
+        own_B: int64; leading positions of each caption that are its own, up to and including its end-of-text token.
+            Behind them is padding. All L where the tokenizer does not tell.
     """
 
     ids_BL: torch.Tensor
-    attended_B: torch.Tensor
+    own_B: torch.Tensor
 
 
 Tokenize = Callable[[Sequence[str]], Tokens]
@@ -37,13 +37,15 @@ class TextEncoder(Protocol):
     Attributes:
         tokenize: the tokenizer that belongs to it.
         length, width: L and D.
-        masks_padding: whether the states depend on how many tokens a caption has, so that a reader must know it.
+        masks_padding: whether the model masks padding, so that whoever reads the states must do so too.
+        tells_end: whether the tokenizer tells where a caption ends.
     """
 
     tokenize: Tokenize
     length: int
     width: int
     masks_padding: bool
+    tells_end: bool
 
     def encode(self, tokens: Tokens) -> torch.Tensor:
         """Tokens (on any device) to hidden_BLD after the last normalisation, in the model's dtype on its device."""

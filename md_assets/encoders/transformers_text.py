@@ -38,11 +38,13 @@ class TransformersText:
         device: where it runs.
     """
 
+    tells_end = True
+
     def __init__(self, model: Any, tokenizer: Any, device: torch.device) -> None:
         self.masks_padding = isinstance(model, T5EncoderModel)
         longest = T5_LENGTH if self.masks_padding else model.config.max_position_embeddings
         self.length, self.width = min(longest, tokenizer.model_max_length), int(model.config.hidden_size)
-        self.tokenize = _Tokenizer(tokenizer, self.length, self.masks_padding)
+        self.tokenize = _Tokenizer(tokenizer, self.length)
         self._device = device
         self._model = model.to(device).eval().requires_grad_(False)
 
@@ -90,22 +92,21 @@ class TransformersText:
         ids_BL = tokens.ids_BL.to(self._device, non_blocking=True)
         mask_BL = None
         if self.masks_padding:
-            attended_B = tokens.attended_B.to(self._device, non_blocking=True)
-            mask_BL = (torch.arange(self.length, device=self._device) < attended_B[:, None]).long()
+            own_B = tokens.own_B.to(self._device, non_blocking=True)
+            mask_BL = (torch.arange(self.length, device=self._device) < own_B[:, None]).long()
         return self._model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
 
 
 class _Tokenizer:
     """A tokenizer of transformers, padding at the end."""
 
-    def __init__(self, tokenizer: Any, length: int, masks_padding: bool) -> None:
+    def __init__(self, tokenizer: Any, length: int) -> None:
         tokenizer.padding_side = "right"
-        self._tokenizer, self._length, self._masks_padding = tokenizer, length, masks_padding
+        self._tokenizer, self._length = tokenizer, length
 
     def __call__(self, captions: Sequence[str]) -> Tokens:
         encoded = self._tokenizer(
             list(captions), padding="max_length", truncation=True, max_length=self._length, return_tensors="pt"
         )
-        if self._masks_padding:
-            return Tokens(encoded["input_ids"], encoded["attention_mask"].sum(1))
-        return Tokens(encoded["input_ids"], torch.full((len(captions),), self._length))
+        # The mask tells also where padding is the end-of-text token once more, as in Stable Diffusion 1.
+        return Tokens(encoded["input_ids"], encoded["attention_mask"].sum(1))

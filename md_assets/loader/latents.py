@@ -11,6 +11,7 @@ Legend: B batch, L tokens, D width of a text embedding, C latent channels, s = i
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,11 @@ import torch
 from streaming import Stream, StreamingDataLoader, StreamingDataset
 
 from md_assets.core.errors import SettingsError
-from md_assets.core.schema import CAPTION_LENGTH_COLUMN, latents_column
-from md_assets.loader.layout import CAPTION_COLUMN, LatentsIndex, LatentsLayout, agreed_layout
+from md_assets.core.schema import CAPTION_COLUMN, CAPTION_LENGTH_COLUMN, ITEM_BYTES, latents_column
+from md_assets.loader.layout import LatentsIndex, LatentsLayout, agreed_layout
 from md_assets.loader.shared_memory import clear_start
 from md_assets.loader.streams import LatentsStream, Streams, checked_streams
+from md_assets.storage.latent_arrays import restored, stored_shape
 from md_assets.storage.mds import ShardError
 
 KEY_COLUMN = "key"
@@ -65,8 +67,9 @@ def build_latents_dataloader(
     Returns: a loader of dicts, arrays in the stored dtype (float16 or float32):
         `image_latents` (B, C, s, s), of moments a sample that is drawn anew in each epoch; `caption_latents`
         (B, 1, L, D); `drop_caption_mask` (B,) float32, 0.0 where the caption is dropped and 1.0 elsewhere, the
-        reference's convention; of text encoders that mask padding (T5) also `caption_mask` (B, L) bool, True at
-        tokens; with `with_keys` also `key`, a list of B texts. `len(loader)` is the number of batches of this rank
+        reference's convention; of text encoders that mask padding (T5) and of trimmed captions also `caption_mask`
+        (B, L) bool, True at the caption's own tokens; of trimmed captions `caption_latents` is zero where that is
+        False; with `with_keys` also `key`, a list of B texts. `len(loader)` is the number of batches of this rank
         in an epoch. On one rank an epoch has no sample twice unless weights ask for it; several ranks get equally
         many, so a few are repeated.
 
@@ -169,17 +172,24 @@ class LatentsDataset(StreamingDataset):
         return sample
 
     def _tensor(self, row: dict[str, Any], column: str, shape: tuple[int, ...], sample_id: int) -> torch.Tensor:
-        stored = np.frombuffer(bytearray(row[column]), np.uint8)  # writable, as torch wants it
-        dtype = np.dtype(self.layout.dtype)
-        if stored.nbytes != dtype.itemsize * np.prod(shape):
-            shard, position = self.spanner[sample_id]
-            directory = self.streams[self.stream_per_shard[shard]].local
-            raise ShardError(
-                f"{directory}: {column} of row {position} in shard {shard} has {stored.nbytes} bytes, "
-                f"but {self.layout.dtype} {shape} has {dtype.itemsize * np.prod(shape)}",
-                "Check the layout that was given, or materialize the latents again.",
-            )
-        return torch.from_numpy(stored.view(dtype).reshape(shape))
+        data, dtype = row[column], self.layout.dtype
+        try:
+            there = stored_shape(row, column, shape, self.layout.text_storage)
+        except (KeyError, ValueError) as error:
+            raise self._damaged(column, sample_id, f"cannot be restored: {error}") from error
+        expected_bytes = ITEM_BYTES[dtype] * math.prod(there)
+        if len(data) != expected_bytes:
+            has = f"has {len(data)} bytes, but {dtype} {there} has {expected_bytes}"
+            raise self._damaged(column, sample_id, has)
+        return torch.from_numpy(restored(data, shape, dtype))  # a copy, for torch wants to be able to write
+
+    def _damaged(self, column: str, sample_id: int, what: str) -> ShardError:
+        shard, position = self.spanner[sample_id]
+        directory = self.streams[self.stream_per_shard[shard]].local
+        return ShardError(
+            f"{directory}: {column} of row {position} in shard {shard} {what}",
+            "Check the layout that was given, or materialize the latents again.",
+        )
 
     def _drops_caption(self, sample_id: int) -> bool:
         if self.caption_drop_prob == 0.0:

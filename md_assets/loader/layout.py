@@ -19,14 +19,20 @@ from pathlib import Path
 from typing import Any
 
 from md_assets.core.errors import MdAssetsError, SettingsError
-from md_assets.core.schema import CAPTION_LENGTH_COLUMN, ITEM_BYTES, LATENT_DOWNSCALE, LATENT_MODES, latents_column
+from md_assets.core.schema import (
+    CAPTION_COLUMN,
+    CAPTION_LENGTH_COLUMN,
+    ITEM_BYTES,
+    LATENT_DOWNSCALE,
+    LATENT_MODES,
+    TEXT_STORAGES,
+    latents_column,
+)
 from md_assets.storage.mds import INDEX_NAME, INDEX_VERSION, ShardError
 from md_assets.storage.publish import read_ledger
 
 METADATA_KEY = "md_assets"
 """The object of a merged index that is ours; streaming's own reader passes over it."""
-
-CAPTION_COLUMN = "caption_latents"
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class LatentsLayout:
         image_latents: image size in px -> (C, s, s), e.g. {256: (4, 32, 32), 512: (4, 64, 64)}; (2C, s, s) of moments.
         dtype: `float16` or `float32`.
         latent_mode: see `core.schema.LATENT_MODES`.
+        text_storage: see `core.schema.TEXT_STORAGES`.
 
     Raises:
         SettingsError: a shape is not three positive numbers, or the dtype is another.
@@ -47,6 +54,7 @@ class LatentsLayout:
     image_latents: Mapping[int, tuple[int, int, int]]
     dtype: str = "float16"
     latent_mode: str = "sample"
+    text_storage: str = "full"
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_BYTES:
@@ -54,6 +62,10 @@ class LatentsLayout:
         if self.latent_mode not in LATENT_MODES:
             raise SettingsError(
                 f"latent_mode {self.latent_mode!r} is unknown", f"Use one of {', '.join(LATENT_MODES)}."
+            )
+        if self.text_storage not in TEXT_STORAGES:
+            raise SettingsError(
+                f"text_storage {self.text_storage!r} is unknown", f"Use one of {', '.join(TEXT_STORAGES)}."
             )
         for shape in (self.caption_latents, *self.image_latents.values()):
             if len(shape) != 3 or any(not isinstance(n, int) or n < 1 for n in shape):
@@ -69,7 +81,8 @@ class LatentsLayout:
         image_latents: dict[int, tuple[int, int, int]] = {}
         for image_size, (channels, height, across) in metadata["image_latents"].items():
             image_latents[int(image_size)] = (channels, height, across)
-        return cls((one, tokens, width), image_latents, metadata["dtype"], metadata.get("latent_mode", "sample"))
+        later = {name: metadata[name] for name in ("latent_mode", "text_storage") if name in metadata}
+        return cls((one, tokens, width), image_latents, metadata["dtype"], **later)
 
 
 @dataclass(frozen=True)
@@ -90,7 +103,7 @@ class LatentsIndex:
 
     @property
     def has_caption_length(self) -> bool:
-        """Whether the text encoder masked padding, so that a model must do so too."""
+        """Whether a model must mask padding: the text encoder did, or there are no states of it."""
         return CAPTION_LENGTH_COLUMN in self.columns
 
 
@@ -159,12 +172,13 @@ def agreed_layout(indexes: Sequence[LatentsIndex], image_size: int, given: Laten
             (f"{image_size} px latents", first_layout.image_latents[image_size], layout.image_latents[image_size]),
             ("dtype", first_layout.dtype, layout.dtype),
             ("latent_mode", first_layout.latent_mode, layout.latent_mode),
+            ("text_storage", first_layout.text_storage, layout.text_storage),
             (CAPTION_LENGTH_COLUMN, first.has_caption_length, other.has_caption_length),
         ):
             if ours != theirs:
                 raise SettingsError(
                     f"{first.directory} and {other.directory} cannot be mixed: {what} {ours} and {theirs}",
-                    "Mix latents of the same encoders and save_dtype only.",
+                    "Mix latents of the same encoders, save_dtype, latent_mode and text_storage only.",
                 )
     return first_layout
 

@@ -19,7 +19,7 @@ from dagster._core.pipes.context import build_external_execution_context_data
 
 from md_assets.core.errors import ArchiveError
 from md_assets.orchestration.archive_run import ArchiveRun
-from md_assets.stages.latents import LatentsPlan
+from md_assets.stages.latents_plan import LatentsPlan
 from md_assets.stages.once import Outcome
 from md_assets.storage.child_process import die_with_parent
 

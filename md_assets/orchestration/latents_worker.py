@@ -34,7 +34,8 @@ from types import FrameType
 from typing import Any
 
 from md_assets.core.errors import MdAssetsError, one_line
-from md_assets.stages.latents import LatentsPlan, encode_archives
+from md_assets.stages.latents import encode_archives
+from md_assets.stages.latents_plan import LatentsPlan
 
 Event = dict[str, Any]
 

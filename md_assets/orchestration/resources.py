@@ -134,13 +134,20 @@ class EncodersResource(dg.ConfigurableResource):
     )
     batch_size: int = Field(default=32, ge=1, description="Images that go through the models at once.")
     model_dtype: str = Field(
-        default="auto", description="auto (bfloat16 on a GPU, float32 on a CPU), float32 or bfloat16."
+        default="auto",
+        description="auto (bfloat16 on a GPU, float32 on a CPU), float32, bfloat16, or float16 where the VAE bears it "
+        "(the default one does not).",
     )
     save_dtype: str = Field(default="float16", description="float16 or float32, of the stored latents.")
     latent_mode: str = Field(
         default="sample",
         description="What is stored of the VAE's posterior: sample, mean, or moments (mean and standard deviation, of "
         "which the loader draws samples; twice the channels).",
+    )
+    text_storage: str = Field(
+        default="full",
+        description="What is stored of a caption's states: full, or trimmed, without those of the padding behind the "
+        "caption, for trainings that mask it. Other loaders than ours read full only.",
     )
     seed: int = Field(default=0, description="Of the posterior noise, which depends on it and on a sample's key only.")
     save_images: bool = Field(default=False, description="Whether the JPEGs go into the latents' shards too.")
@@ -161,6 +168,7 @@ class EncodersResource(dg.ConfigurableResource):
             model_dtype=self.model_dtype,
             save_dtype=self.save_dtype,
             latent_mode=self.latent_mode,
+            text_storage=self.text_storage,
             seed=self.seed,
             save_images=self.save_images,
         )

@@ -127,7 +127,7 @@ def encode_archives(
 ) -> list[dg.MaterializeResult]:
     """latents of each archive of the run; no process is started when all are published."""
     from md_assets.orchestration.latents_launch import encode
-    from md_assets.stages.latents import LatentsPlan
+    from md_assets.stages.latents_plan import LatentsPlan
     from md_assets.stages.once import Outcome
 
     root, processes = DataRoot.from_environment(), encoders.process_count()

@@ -271,12 +271,14 @@ def _decode(chain: Sequence[StageDir], ledgers: Sequence[Ledger]) -> tuple[int, 
     rows = spread_rows(stage_dir.data(ledger.archive), count)
     origins: Iterator[Mapping[str, Any]] | None = None
     if stage_dir.stage == "latents" and not stage_dir.subset and _is_whole(chain[-2], ledgers[-2]):
-        origins = spread_rows(chain[-2].data(ledger.archive), count)  # as many rows: the same positions
+        rejected = {key for keys in ledger.rejected.values() for key in keys}
+        origins = spread_rows(chain[-2].data(ledger.archive), count, rejected)  # as many rows: the same positions
     shapes = promised_shapes(ledger) if stage_dir.stage == "latents" else {}
     decoded = 0
     for row in rows:
         if shapes:
-            fault = latents_fault(row, shapes, ledger.details["dtype"])
+            text_storage = ledger.details.get("text_storage", "full")
+            fault = latents_fault(row, shapes, ledger.details["dtype"], text_storage)
             if not fault and origins is not None:
                 try:
                     origin = next(origins)

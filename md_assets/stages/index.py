@@ -192,7 +192,7 @@ def _disagrees(stage_dir: StageDir, archive: str, what: str) -> MdAssetsError:
     )
 
 
-LAYOUT_DETAILS = ("caption_latents", "image_latents", "dtype", "latent_mode")
+LAYOUT_DETAILS = ("caption_latents", "image_latents", "dtype", "latent_mode", "text_storage")
 """Details of a latents ledger that say how its arrays are shaped; all archives of one fingerprint agree."""
 
 

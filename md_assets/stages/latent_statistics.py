@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from md_assets.core.schema import CAPTION_LENGTH_COLUMN
+from md_assets.storage.latent_arrays import restored
 from md_assets.storage.mds import spread_rows
 
 STATISTICS = "statistics"
@@ -59,7 +60,8 @@ class LatentStatistics:
 
         Args:
             arrays: column -> stored values, of any float type: `caption_latents` B×…×L×D, others B×C×h×w.
-            caption_lengths_B: leading positions of each caption that belong to it; L where padding is not masked.
+            caption_lengths_B: leading positions of each caption that belong to it; L where padding is stored and not
+                masked.
         """
         self.rows += len(caption_lengths_B)
         for column, array in arrays.items():
@@ -120,9 +122,7 @@ def sampled_statistics(directory: Path, details: Mapping[str, Any], count: int) 
     shapes |= {f"latents_{px}": shape for px, shape in details["image_latents"].items()}
     statistics = LatentStatistics()
     for row in spread_rows(directory, count):
-        arrays = {
-            column: np.frombuffer(row[column], details["dtype"]).reshape(1, *shape) for column, shape in shapes.items()
-        }
+        arrays = {column: restored(row[column], shape, details["dtype"])[None] for column, shape in shapes.items()}
         statistics.add(arrays, [row.get(CAPTION_LENGTH_COLUMN, shapes[CAPTION_LATENTS][-2])])
     return statistics.as_details()
 

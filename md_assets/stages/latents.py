@@ -12,23 +12,21 @@ Here: which archives are encoded, what becomes of the rows, and the ledger. Not 
 
 from __future__ import annotations
 
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from md_assets.core.errors import ArchiveError, MdAssetsError
-from md_assets.core.ledger import Ledger
-from md_assets.core.paths import DataRoot, StageDir
-from md_assets.core.settings import EncoderSettings, latents_settings
+from md_assets.core.ledger import Ledger, Reason
+from md_assets.core.names import first_of
 from md_assets.stages.latent_statistics import ENCODED_AT, STATISTICS, LatentStatistics
-from md_assets.stages.once import UPSTREAM_DAMAGED, archive_errors, current, refuse_pruned, upstream_ledger, versions_of
+from md_assets.stages.latents_plan import LatentsPlan
+from md_assets.stages.once import UPSTREAM_DAMAGED, archive_errors, refuse_pruned, versions_of
 from md_assets.storage.mds import Shard, ShardWriter, ledgered_files, read_index, spread_rows
 from md_assets.storage.publish import BusyError, publish, scratch, with_files, workspace
 
@@ -36,18 +34,21 @@ if TYPE_CHECKING:
     from md_assets.encoders.bundle import Encoded, Encoders
     from md_assets.encoders.round_trip import RoundTrip
 
+__all__ = ["LatentsPlan", "Report", "encode_archives"]
+
 PROGRESS_INTERVAL_S = 5.0
 """A progress event of an archive comes at most this often."""
 
 BATCHES_AHEAD = 2
 """Encoded batches that may wait for the writing thread: enough that neither waits for the other."""
 
-NAMED_KEYS = 5
-"""Keys that an error lists before it counts the rest."""
-
 ROWS_ROUND_TRIP = (2, 4)
 """Least and most rows of an archive whose latents are decoded again; in between, one of each hundred. Decoding costs
 about 2.3 times as much as encoding, so that is some 2 % of an archive's work, and under 1 % from 1,000 rows on."""
+
+UNDECODABLE_AT_MOST = (2, 100)
+"""Images of an archive that may be impossible to decode: two, or one of each hundred. Where there are more, or all are,
+it is not the images alone: something that made or moved mds is broken."""
 
 VERSIONED = ("torch", "torchvision", "diffusers", "open_clip_torch", "transformers", "mosaicml-streaming", "pillow")
 """Packages that decide the stored values."""
@@ -63,76 +64,6 @@ Every event has `event` and `archive`; by `event`:
     progress: `done_images`, `total_images` of the archive, `images_per_s` of this process.
 Each archive that a process takes gets one of published, passed_over and failed.
 """
-
-
-@dataclass(frozen=True)
-class LatentsPlan:
-    """What a run of the stage is to do; a value that can be handed to other processes as JSON.
-
-    Attributes:
-        data_root: absolute path of the data root.
-        dataset: slug.
-        archives: IDs, in the order in which they are encoded.
-        mds_settings: those that mds must have been made with (`core.settings.mds_settings`).
-        encoders: what is computed and stored.
-        encoder_tag: of the output's path, see `core.encoder_tag`.
-        batch_size: rows that go through the models at once.
-        num_workers: processes, for each encoding process, that decode and tokenize; 0 for none.
-        device: `auto` (a GPU for each process where there are some), or as torch spells it.
-    """
-
-    data_root: str
-    dataset: str
-    archives: tuple[str, ...]
-    mds_settings: Mapping[str, Any]
-    encoders: EncoderSettings
-    encoder_tag: str
-    batch_size: int = 32
-    num_workers: int = 4
-    device: str = "auto"
-
-    def to_json(self) -> str:
-        """The plan as text; reading it back gives an equal plan."""
-        return json.dumps(asdict(self), indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> LatentsPlan:
-        """The plan that `to_json` wrote."""
-        body = json.loads(text)
-        encoders = body.pop("encoders")
-        encoders["image_resolutions"] = tuple(encoders["image_resolutions"])
-        return cls(**{**body, "archives": tuple(body["archives"]), "encoders": EncoderSettings(**encoders)})
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What decides the rows of an archive."""
-        return latents_settings(self.mds_settings, self.encoders)
-
-    @property
-    def mds_dir(self) -> StageDir:
-        """Where the stage reads."""
-        return DataRoot(Path(self.data_root)).mds(self.dataset)
-
-    @property
-    def latents_dir(self) -> StageDir:
-        """Where the stage publishes."""
-        return DataRoot(Path(self.data_root)).latents(self.dataset, self.encoder_tag)
-
-    def upstream(self, archive: str) -> Ledger:
-        """The ledger of the archive's mds shards.
-
-        Raises:
-            ArchiveError: mds is not published, does not balance, or was made with other image settings.
-        """
-        return upstream_ledger(self.mds_dir, archive, self.mds_settings)
-
-    def current(self, archive: str) -> Ledger | None:
-        """The archive's latents ledger if there is nothing to do, else None.
-
-        Raises:
-            ArchiveError: see `upstream`.
-        """
-        return current(self.latents_dir, archive, self.settings, {"mds": self.upstream(archive).content_id})
 
 
 def encode_archives(plan: LatentsPlan, report: Report, archives: Iterable[str] | None = None) -> None:
@@ -268,6 +199,7 @@ class _Claim:
         self._own, self._release = own, release
         self._started = time.monotonic()
         self._writer: ShardWriter | None = None
+        self._undecodable: list[str] = []
         self._statistics = LatentStatistics()
         self._progress_at = self._progress_rows = 0.0
         self._rows_at_once: int | None = None
@@ -278,18 +210,19 @@ class _Claim:
         if self._ended:
             return
         try:
-            if keys := encoded.not_finite():
-                raise self._not_finite(keys)
+            self._require_finite(encoded.not_finite())
+            self._reject(encoded.undecodable())
             self._rows_at_once = encoded.rows_at_once
             writer = self._open_writer()
             for row in encoded.rows():
                 writer.write(row)
-            self._statistics.add(encoded.values(), encoded.batch.tokens.attended_B.tolist())
-            self._report_progress(writer.row_count)
+            self._statistics.add(encoded.values(), encoded.caption_lengths())
+            done = writer.row_count + len(self._undecodable)
+            self._report_progress(done)
         except Exception as error:
             self.fail(error)
             return
-        if writer.row_count == self.rows:
+        if done == self.rows:
             self.publish()
 
     def publish(self) -> None:
@@ -341,13 +274,21 @@ class _Claim:
             self._report({"event": "progress", "archive": self.archive, **said})
             self._progress_at, self._progress_rows = now, rows
 
-    def _not_finite(self, keys: list[str]) -> ArchiveError:
-        named = ", ".join(keys[:NAMED_KEYS]) + (f" and {len(keys) - NAMED_KEYS} more" if len(keys) > NAMED_KEYS else "")
-        return self.error(
-            f"latents of {named} are not finite numbers in {self._plan.encoders.save_dtype}",
-            "Try model_dtype float32; if it stays, the encoder's weights are damaged",
-            "not_finite",
-        )
+    def _require_finite(self, keys: Sequence[str]) -> None:
+        if keys:
+            raise self.error(
+                f"latents of {first_of(keys)} are not finite numbers in {self._plan.encoders.save_dtype}",
+                "Try model_dtype float32; if it stays, the encoder's weights are damaged",
+                "not_finite",
+            )
+
+    def _reject(self, undecodable: Sequence[str]) -> None:
+        """Take down the samples of a batch whose images cannot be decoded; raises where there are too many of them."""
+        self._undecodable.extend(undecodable)
+        least, of_each = UNDECODABLE_AT_MOST
+        if undecodable and len(self._undecodable) > min(max(least, self.rows // of_each), self.rows - 1):
+            remedy = f"Materialize {self._plan.dataset}/raw and mds of it again"
+            raise self.error(f"images of {first_of(self._undecodable)} cannot be decoded", remedy, Reason.UNDECODABLE)
 
     def _round_trip(self, directory: Path) -> RoundTrip:
         """See `encoders.round_trip`; of rows as they lie on disk."""
@@ -356,7 +297,7 @@ class _Claim:
         least, most = ROWS_ROUND_TRIP
         count = min(max(self.rows // 100, least), most)
         stored = list(spread_rows(directory, count))
-        mds = list(spread_rows(self._plan.mds_dir.data(self.archive), count))
+        mds = list(spread_rows(self._plan.mds_dir.data(self.archive), count, set(self._undecodable)))
         if [row["key"] for row in stored] != [row["key"] for row in mds]:
             raise self.error("its rows are not those of mds", "Report it with the run's log", "internal")
         return round_trip(self._encoders, stored, [row["jpg"] for row in mds])
@@ -373,7 +314,7 @@ class _Claim:
             stage="latents",
             read=self._mds.kept,
             kept=writer.row_count,
-            rejected={},
+            rejected={Reason.UNDECODABLE: self._undecodable} if self._undecodable else {},
             bytes_in=self._mds.bytes_out,
             bytes_out=0,
             seconds=round(time.monotonic() - self._started, 3),

@@ -22,6 +22,7 @@ from md_assets.core.spec import DatasetSpec
 from md_assets.core.verdict import Verdict, checks_of
 from md_assets.stages.index import METADATA_KEY, archive_folder
 from md_assets.stages.status import INDEXED_STAGES, stages_of
+from md_assets.storage.latent_arrays import stored_shape
 from md_assets.storage.mds import INDEX_NAME, ledgered_files, row_count, spread_rows, verify_shards
 from md_assets.storage.publish import output_file, read_ledger
 
@@ -184,12 +185,13 @@ def latents_valid(stage_dir: StageDir, archive: str) -> Verdict:
 
     def check(ledger: Ledger) -> Verdict:
         dtype, shapes = ledger.details["dtype"], promised_shapes(ledger)
+        text_storage = ledger.details.get("text_storage", "full")
         rows = row_count(stage_dir.data(archive))
         if rows != ledger.kept:
             return Verdict("latents_valid", False, f"{rows} rows in the index, {ledger.kept} in the ledger")
         sampled = 0
         for row in spread_rows(stage_dir.data(archive), ROWS_SAMPLED):
-            if fault := latents_fault(row, shapes, dtype):
+            if fault := latents_fault(row, shapes, dtype, text_storage):
                 return Verdict("latents_valid", False, f"sample {row.get('key')}: {fault}")
             sampled += 1
         facts, differs = _round_trip(ledger.details.get("round_trip", {}))
@@ -226,11 +228,17 @@ def promised_shapes(ledger: Ledger) -> dict[str, tuple[int, ...]]:
     return shapes | {latents_column(int(px)): tuple(shape) for px, shape in ledger.details["image_latents"].items()}
 
 
-def latents_fault(row: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], dtype: str) -> str | None:
+def latents_fault(
+    row: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], dtype: str, text_storage: str = "full"
+) -> str | None:
     """What is wrong with the arrays of a row: bytes that `shapes` (of `promised_shapes`) do not give, values that are
     not finite; None where nothing is."""
-    for column, shape in shapes.items():
+    for column, whole in shapes.items():
         data = row.get(column)
+        try:
+            shape = stored_shape(row, column, whole, text_storage)
+        except (KeyError, ValueError) as error:
+            return f"{column}: {f'there is no {error}' if isinstance(error, KeyError) else error}"
         expected_bytes = math.prod(shape) * ITEM_BYTES[dtype]
         if not isinstance(data, bytes) or len(data) != expected_bytes:
             return f"{column} has {len(data) if data else 0} bytes, {shape} in {dtype} are {expected_bytes}"

@@ -14,7 +14,7 @@ import hashlib
 import json
 import mmap
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,12 +215,20 @@ def iter_rows(directory: Path) -> Iterator[dict[str, Any]]:
             yield reader[row]
 
 
-def spread_rows(directory: Path, count: int) -> Iterator[dict[str, Any]]:
-    """At most `count` rows of a directory of shards, spread evenly, the first and the last among them."""
+def spread_rows(directory: Path, count: int, without: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+    """At most `count` rows of a directory of shards, spread evenly, the first and the last among them.
+
+    Args:
+        directory: with an index.
+        count: ≥ 0.
+        without: keys of rows that are passed over, as if they were not there; finding them reads every row.
+    """
     shards = read_index(directory)
-    rows = sum(shard.rows for shard in shards)
-    count = min(rows, count)
-    wanted = sorted({round(i * (rows - 1) / max(count - 1, 1)) for i in range(count)})
+    there: Sequence[int] = range(sum(shard.rows for shard in shards))
+    if without:
+        there = [position for position, row in enumerate(iter_rows(directory)) if row["key"] not in without]
+    count = min(len(there), count)
+    wanted = sorted({there[round(i * (len(there) - 1) / max(count - 1, 1))] for i in range(count)})
     start = 0
     for shard in shards:
         positions = [row - start for row in wanted if start <= row < start + shard.rows]
@@ -252,13 +260,20 @@ def verify_shards(directory: Path) -> int:
     Raises:
         ShardError: a shard is absent, of another size, or hashes to something else.
     """
-    rows = 0
-    for shard in read_index(directory):
-        if not shard.path.is_file():
-            raise ShardError(f"{shard.path} is missing", "Materialize the archive again.")
-        reader = ShardReader(shard)
-        digest = hashlib.sha256(reader._map).hexdigest()
-        if shard.sha256 is not None and digest != shard.sha256:
-            raise ShardError(f"{shard.path} does not hash to what its index says", "Materialize the archive again.")
-        rows += len(reader)
-    return rows
+    shards = read_index(directory)
+    for shard in shards:
+        verify_shard(shard)
+    return sum(shard.rows for shard in shards)
+
+
+def verify_shard(shard: Shard) -> None:
+    """Read every byte of one shard and compare it with the index.
+
+    Raises:
+        ShardError: see `verify_shards`.
+    """
+    if not shard.path.is_file():
+        raise ShardError(f"{shard.path} is missing", "Materialize the archive again.")
+    digest = hashlib.sha256(ShardReader(shard)._map).hexdigest()
+    if shard.sha256 is not None and digest != shard.sha256:
+        raise ShardError(f"{shard.path} does not hash to what its index says", "Materialize the archive again.")

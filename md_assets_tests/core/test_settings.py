@@ -98,6 +98,7 @@ def test_the_way_of_cleaning_captions_is_in_the_fingerprint_of_shards() -> None:
         ("image_resolutions", (256,)),
         ("save_dtype", "float32"),
         ("latent_mode", "moments"),
+        ("text_storage", "trimmed"),
         ("model_dtype", "float32"),
         ("seed", 1),
         ("save_images", True),
@@ -115,7 +116,22 @@ def test_a_mirror_of_the_same_weights_makes_nothing_stale() -> None:
 
 def test_every_encoder_setting_is_fingerprinted_or_a_place() -> None:
     fields = {field.name for field in dataclasses.fields(EncoderSettings)}
-    assert fields - set(ENCODERS.as_fingerprinted()) == {"vae", "text_encoder"}
+    changed = dataclasses.replace(ENCODERS, text_storage="trimmed")
+    assert fields - set(changed.as_fingerprinted()) == {"vae", "text_encoder"}
+
+
+def test_latents_made_before_captions_could_be_trimmed_stay_current() -> None:
+    before = {
+        "vae_revision": ENCODERS.vae_revision,
+        "text_encoder_revision": ENCODERS.text_encoder_revision,
+        "image_resolutions": [256, 512],
+        "model_dtype": "auto",
+        "save_dtype": "float16",
+        "latent_mode": "sample",
+        "seed": 0,
+        "save_images": False,
+    }
+    assert ENCODERS.as_fingerprinted() == before
 
 
 def test_settings_come_back_from_json_as_they_are() -> None:
@@ -172,6 +188,7 @@ def test_the_ends_of_the_ranges_are_in_them(changes: dict[str, int]) -> None:
         {"save_dtype": "bfloat16"},
         {"model_dtype": "fp8"},
         {"latent_mode": "median"},
+        {"text_storage": "some"},
         {"save_dtype": ""},
     ],
 )

@@ -28,7 +28,7 @@ from md_assets.encoders.batches import (
 )
 from md_assets.encoders.text import Tokens
 from md_assets.encoders.vae import posterior_noise
-from md_assets.storage.mds import Shard, read_index
+from md_assets.storage.mds import Shard, ShardReader, read_index
 
 
 def tokenize(captions) -> Tokens:
@@ -120,9 +120,30 @@ def test_an_image_that_cannot_be_decoded_is_named_and_the_others_come(archive, n
 
     held = [archive("a", 6, damage), archive("b", 2)]
     got = list(batches(iter(held), PREPARATION, 2, num_workers, False))
-    assert [type(one) for one in got] == [Batch, Batch, Unreadable, Batch]
-    assert got[2].archive == "a"
-    assert "the image of sample a/0004 cannot be decoded (image file is truncated" in got[2].what
+    whole, _, half, _ = got
+    assert [shape(one) for one in got] == [("a", 2)] * 3 + [("b", 2)]
+    assert isinstance(whole, Batch) and isinstance(half, Batch)
+    assert whole.faults == ["", ""]
+    assert "the image of sample a/0004 cannot be decoded (image file is truncated" in half.faults[0]
+    assert half.faults[1] == ""
+    for px in (16, 32):  # the other one is where and what it was
+        assert torch.equal(half.images_BCHW[px][1], crops_of("", half.jpg[1], [px])[px])
+        assert not half.images_BCHW[px][0].any()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_image_that_the_disk_spoiled_is_told_from_one_that_never_was(archive, num_workers: int) -> None:
+    held = archive("a", 6)
+    path = held.shards[0].path
+    data = bytearray(path.read_bytes())
+    picture = ShardReader(held.shards[0])[4]["jpg"]
+    at = data.index(picture)
+    data[at : at + len(picture) // 2] = bytes(len(picture) // 2)
+    path.write_bytes(data)
+    got = list(batches(iter([held]), PREPARATION, 2, num_workers, False))
+    assert [type(one) for one in got] == [Batch, Batch, Unreadable]
+    assert "the image of sample a/0004 cannot be decoded" in got[2].what
+    assert f"{path} does not hash to what its index says" in got[2].what
 
 
 def test_a_damaged_shard_is_named(archive) -> None:

@@ -13,7 +13,6 @@ from md_assets.core.errors import SettingsError
 from md_assets.encoders.open_clip_text import OpenClipText
 
 CPU = torch.device("cpu")
-LAYERS, HEADS = 2, 2  # of the tiny encoder
 
 
 def captions(count: int) -> list[str]:
@@ -44,7 +43,9 @@ def text(tiny_encoders) -> OpenClipText:
     return loaded(tiny_encoders.open_clip)
 
 
-def plain_forward(weights: dict[str, torch.Tensor], tokens_BL: torch.Tensor) -> torch.Tensor:
+def plain_forward(
+    weights: dict[str, torch.Tensor], tokens_BL: torch.Tensor, layers: int = 2, heads: int = 2
+) -> torch.Tensor:
     """CLIP's text transformer written out: pre-norm blocks, causal attention, QuickGELU, ln_final."""
 
     def norm(name: str, x_BLD: torch.Tensor) -> torch.Tensor:
@@ -55,11 +56,11 @@ def plain_forward(weights: dict[str, torch.Tensor], tokens_BL: torch.Tensor) -> 
     length = tokens_BL.shape[1]
     x_BLD = weights["token_embedding.weight"][tokens_BL] + weights["positional_embedding"][:length]
     hidden_from_LL = torch.ones(length, length, dtype=torch.bool).triu(1)
-    for layer in range(LAYERS):
+    for layer in range(layers):
         block = f"transformer.resblocks.{layer}"
         qkv = norm(f"{block}.ln_1", x_BLD) @ weights[f"{block}.attn.in_proj_weight"].T
         qkv = qkv + weights[f"{block}.attn.in_proj_bias"]
-        q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
+        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
         scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(hidden_from_LL, float("-inf"))
         attended_BLD = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
         x_BLD = (
@@ -79,6 +80,20 @@ def test_hidden_states_are_those_of_a_plain_forward(text: OpenClipText, tiny_enc
     hidden_BLD = text.encode(tokens)
     assert hidden_BLD.shape == (count, 77, 64)
     torch.testing.assert_close(hidden_BLD, plain_forward(weights, tokens.ids_BL), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_realistically_sized_tower_gives_the_states_of_a_plain_forward() -> None:
+    """The width and heads of the default encoder's tower and a quarter of its layers, with random weights."""
+    towers = {"vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}}
+    towers["text_cfg"] = {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 6}
+    model = open_clip.CLIP(embed_dim=32, quick_gelu=True, **towers)
+    weights = dict(model.state_dict())
+    text = OpenClipText(model, open_clip.get_tokenizer("ViT-B-32"), "large", CPU, torch.float32)
+    tokens = text.tokenize(captions(3))
+    assert (text.length, text.width) == (77, 1024)
+    plain_BLD = plain_forward(weights, tokens.ids_BL, layers=6, heads=16)
+    torch.testing.assert_close(text.encode(tokens), plain_BLD, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("custom_text", [False, True], ids=["CLIP", "CustomTextCLIP"])
@@ -113,6 +128,20 @@ def test_a_long_caption_is_cut_at_the_end(text: OpenClipText) -> None:
     tokens = text.tokenize(["cat " * 500])
     assert tokens.ids_BL.shape == (1, 77)
     assert text.encode(tokens).isfinite().all()
+
+
+def test_a_caption_ends_at_its_last_end_token(text: OpenClipText) -> None:
+    """CLIP's tokenizer reads the token in a caption that spells it out."""
+    plain, spelled = text.tokenize(["a cat", "a <end_of_text> cat!"]).own_B.tolist()
+    assert (plain, spelled) == (4, 6)
+
+
+def test_a_tokenizer_of_another_model_does_not_tell_the_end(tiny_encoders) -> None:
+    model = open_clip.create_model(f"local-dir:{tiny_encoders.open_clip}")
+    clips = open_clip.get_tokenizer("ViT-B-32")
+    text = OpenClipText(model, lambda captions: clips(captions), "tiny", CPU, torch.float32)
+    assert not text.tells_end
+    assert text.tokenize(["a cat"]).own_B.tolist() == [77]
 
 
 def test_bfloat16_is_near_float32(text: OpenClipText, tiny_encoders) -> None:

@@ -22,16 +22,35 @@ def text(request: pytest.FixtureRequest, tiny_encoders, tiny_clip: Path, tiny_t5
 def test_length_and_width_are_those_of_what_comes_out(text: TextEncoder) -> None:
     tokens = text.tokenize(["a cat", "", "the quick brown fox " * 100])
     assert tokens.ids_BL.shape == (3, text.length)
-    assert tokens.ids_BL.dtype == tokens.attended_B.dtype == torch.int64
+    assert tokens.ids_BL.dtype == tokens.own_B.dtype == torch.int64
     hidden_BLD = text.encode(tokens)
     assert hidden_BLD.shape == (3, text.length, text.width)
     assert hidden_BLD.isfinite().all()
-    assert tokens.attended_B[2] == text.length
+    assert tokens.own_B[2] == text.length
 
 
-def test_how_many_tokens_a_caption_has_is_told_where_padding_is_masked(text: TextEncoder) -> None:
-    short, long = text.tokenize(["a cat", "a cat on a red chair"]).attended_B.tolist()
-    assert (0 < short < long < text.length) if text.masks_padding else (short == long == text.length)
+def test_a_caption_ends_with_its_end_of_text_token(text: TextEncoder) -> None:
+    """Also where padding is that token once more, or 0, which is a token of captions too."""
+    assert text.tells_end
+    captions = ["a cat", "a cat on a red chair!!", "", "the quick brown fox " * 100]
+    tokens = text.tokenize(captions)
+    a_cat, chair, empty, long = tokens.own_B.tolist()
+    assert (0 < empty < a_cat < chair) and long == text.length
+    (end,) = {int(ids_L[own - 1]) for ids_L, own in zip(tokens.ids_BL, tokens.own_B, strict=True)}
+    assert not any(end in ids_L[: own - 1].tolist() for ids_L, own in zip(tokens.ids_BL, tokens.own_B, strict=True))
+
+
+def test_a_captions_own_states_do_not_depend_on_what_is_behind_its_end(text: TextEncoder) -> None:
+    """To the bit: so trimmed captions are what full ones begin with. Those of padding are all different."""
+    tokens = text.tokenize(["a cat", "two dogs play with a ball under an old bridge"])
+    behind_BL = torch.arange(text.length) >= tokens.own_B[:, None]
+    other = tokens._replace(ids_BL=torch.where(behind_BL, 5, tokens.ids_BL))
+    one_BLD, other_BLD = text.encode(tokens), text.encode(other)
+    assert torch.equal(one_BLD[~behind_BL], other_BLD[~behind_BL])
+    assert not torch.equal(one_BLD, other_BLD)
+    if not text.masks_padding:
+        pads_PD = torch.cat([one_BLD[behind_BL], one_BLD[:1, :1].squeeze(0)]).half()
+        assert len(pads_PD.unique(dim=0)) == len(pads_PD)  # no padding's state stands for another's
 
 
 def test_a_batch_does_not_move_a_caption(text: TextEncoder) -> None:

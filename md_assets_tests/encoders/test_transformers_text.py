@@ -8,7 +8,7 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextModel, T5EncoderModel, T5Tokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from md_assets.core.errors import SettingsError
 from md_assets.encoders.transformers_text import T5_LENGTH, TransformersText
@@ -49,13 +49,52 @@ def test_clips_tokens_are_those_of_clips_own_tokenizer(clip: TransformersText) -
     assert torch.equal(ours, torch.where(ended, 49407, plain))
 
 
+def test_stable_diffusion_2_pads_with_another_token_than_the_end(tiny_clip: Path, tmp_path: Path) -> None:
+    """Its tokenizer pads with "!", its encoder has GELU: both as its repository says."""
+    shutil.copytree(tiny_clip, tmp_path, dirs_exist_ok=True)
+    CLIPTokenizer.from_pretrained(tiny_clip / "tokenizer", pad_token="!").save_pretrained(tmp_path / "tokenizer")
+    config = CLIPTextConfig.from_pretrained(tiny_clip / "text_encoder", hidden_act="gelu")
+    CLIPTextModel(config).save_pretrained(tmp_path / "text_encoder")
+    text = loaded(tmp_path)
+    tokens = text.tokenize(["wow!!", "a cat"])
+    assert [ids[-1].item() for ids in tokens.ids_BL] == [0, 0]
+    assert tokens.own_B.tolist() == [5, 4]  # what pads is a token of the first caption too, twice
+    model = CLIPTextModel.from_pretrained(tmp_path / "text_encoder").eval()
+    assert model.config.hidden_act == "gelu"
+    with torch.no_grad():
+        plain_BLD = model(tokens.ids_BL).last_hidden_state
+    torch.testing.assert_close(text.encode(tokens), plain_BLD, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["clip", "t5"])
+def test_a_realistically_sized_model_gives_its_own_states(
+    clip: TransformersText, t5: TransformersText, tiny_clip: Path, tiny_t5: Path, family: str
+) -> None:
+    """Stable Diffusion 1's CLIP, half of T5 v1.1 base's layers, with random weights and the tiny ones' tokenizers."""
+    if family == "clip":
+        wide = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+        plain, tokens = CLIPTextModel(CLIPTextConfig(**wide)).eval(), clip.tokenize(CAPTIONS)
+        tokenizer, mask_BL = CLIPTokenizer.from_pretrained(tiny_clip / "tokenizer"), None
+    else:
+        wide = {"d_model": 768, "d_ff": 2048, "num_layers": 6, "num_heads": 12, "vocab_size": 256}
+        plain, tokens = T5EncoderModel(T5Config(**wide, feed_forward_proj="gated-gelu")).eval(), t5.tokenize(CAPTIONS)
+        tokenizer = T5Tokenizer(str(tiny_t5 / "spiece.model"), extra_ids=0, legacy=True)
+        mask_BL = (torch.arange(T5_LENGTH) < tokens.own_B[:, None]).long()
+    with torch.no_grad():
+        plain_BLD = plain(tokens.ids_BL, attention_mask=mask_BL).last_hidden_state
+    text = TransformersText(plain, tokenizer, CPU)
+    assert (text.length, text.width) == ({"clip": 77, "t5": T5_LENGTH}[family], 768)
+    torch.testing.assert_close(text.encode(text.tokenize(CAPTIONS)), plain_BLD, rtol=1e-4, atol=1e-4)
+
+
 def test_t5s_states_are_those_that_the_model_itself_gives(t5: TransformersText, tiny_t5: Path) -> None:
     plain = T5Tokenizer(str(tiny_t5 / "spiece.model"), extra_ids=0, legacy=True)(
         CAPTIONS, padding="max_length", truncation=True, max_length=T5_LENGTH, return_tensors="pt"
     )
     tokens = t5.tokenize(CAPTIONS)
     assert torch.equal(tokens.ids_BL, plain["input_ids"])
-    assert torch.equal(tokens.attended_B, plain["attention_mask"].sum(1))
+    assert torch.equal(tokens.own_B, plain["attention_mask"].sum(1))
     model = T5EncoderModel.from_pretrained(tiny_t5).eval()
     with torch.no_grad():
         plain_BLD = model(**plain).last_hidden_state
@@ -64,7 +103,7 @@ def test_t5s_states_are_those_that_the_model_itself_gives(t5: TransformersText, 
 
 def test_t5_sees_no_padding(t5: TransformersText, tiny_t5: Path) -> None:
     tokens = t5.tokenize(["a cat"])
-    count = int(tokens.attended_B[0])
+    count = int(tokens.own_B[0])
     model = T5EncoderModel.from_pretrained(tiny_t5).eval()
     with torch.no_grad():
         unpadded_BLD = model(tokens.ids_BL[:, :count]).last_hidden_state

@@ -5,8 +5,10 @@ import re
 import subprocess
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,18 +162,56 @@ def keys_and_captions(root: DataRoot, archive: str) -> list[tuple[str, str]]:
     return [(row["key"], row["caption"]) for row in iter_rows(root.mds("jdb").data(archive))]
 
 
-def test_batches_have_the_shapes_that_training_needs(demo: tuple[str, str, DataRoot]) -> None:
-    from md_assets.loader import build_latents_dataloader
+SHARES = {"jdb": 1, "diffdb": 1, "cc12m": 2, "sa1b": 2, "textcaps": 1, "coco2014": 1}
+"""Parts of an epoch, whatever there is of each."""
 
-    streams = [
-        demo[2].latents(slug, "sdxl1_dfnclipH14").index(spec_of(slug).split_of(archives_of_demo(slug)[0])).parent
-        for slug in MINIATURES
-    ]
-    loader = build_latents_dataloader(streams, batch_size=8, image_size=512, drop_last=False, num_workers=0)
-    batches = list(loader)
-    assert sum(len(batch["image_latents"]) for batch in batches) == sum(LEFT.values())
-    assert batches[0]["image_latents"].shape == (8, 4, 64, 64)
-    assert batches[0]["caption_latents"].shape == (8, 1, 77, 64)
+
+@pytest.mark.parametrize("image_size", [256, 512])
+def test_a_training_over_all_six_stops_in_an_epoch_and_goes_on(
+    demo: tuple[str, str, DataRoot], image_size: int
+) -> None:
+    from md_assets.loader import LatentsStream, build_latents_dataloader
+
+    streams, dataset_of = [], {}
+    for slug, share in SHARES.items():
+        stage_dir, archives = demo[2].latents(slug, "sdxl1_dfnclipH14"), archives_of_demo(slug)
+        streams.append(LatentsStream(stage_dir.index(spec_of(slug).split_of(archives[0])).parent, proportion=share))
+        dataset_of |= {row["key"]: slug for archive in archives for row in iter_rows(stage_dir.data(archive))}
+    total, cells = sum(LEFT.values()), image_size // 8
+    assert len(dataset_of) == total
+
+    def build() -> Any:
+        options = {"caption_drop_prob": 0.25, "num_workers": 2, "with_keys": True, "drop_last": False}
+        return build_latents_dataloader(streams, batch_size=8, image_size=image_size, **options)
+
+    def step(batch: dict[str, Any]) -> tuple[list[str], list[float], float]:
+        """What a training takes of a batch."""
+        images, captions, mask = batch["image_latents"], batch["caption_latents"], batch["drop_caption_mask"]
+        count = len(batch["key"])
+        assert (images.shape, captions.shape) == ((count, 4, cells, cells), (count, 1, 77, 64))
+        assert (str(images.dtype), str(captions.dtype)) == ("torch.float16",) * 2
+        assert mask.shape == (count,) and set(mask.tolist()) <= {0.0, 1.0}
+        loss = images.float().square().mean() + (captions.float() * mask[:, None, None, None]).abs().mean()
+        assert loss.isfinite()
+        return batch["key"], mask.tolist(), loss.item()
+
+    loader, epochs, state = build(), [[], []], None
+    for epoch in epochs:
+        for batch in loader:
+            epoch.append(step(batch))
+            if epoch is epochs[1] and len(epoch) == 3:
+                state = loader.state_dict()
+        seen = Counter(dataset_of[key] for keys, _, _ in epoch for key in keys)
+        assert seen.total() == total
+        for slug, share in SHARES.items():
+            assert abs(seen[slug] - total * share / sum(SHARES.values())) <= 1
+    kept = [value for epoch in epochs for _, mask, _ in epoch for value in mask]
+    assert 0.6 < sum(kept) / len(kept) < 0.9
+    assert epochs[0] != epochs[1]
+
+    resumed = build()
+    resumed.load_state_dict(state)
+    assert [step(batch) for batch in resumed] == epochs[1][3:]
 
 
 def test_verify_and_status_agree_with_it(demo: tuple[str, str, DataRoot], tmp_path: Path) -> None:

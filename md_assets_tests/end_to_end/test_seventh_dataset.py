@@ -23,7 +23,8 @@ from md_assets.demo.loopback_hub import LoopbackHub
 from md_assets.demo.walkthrough import failure_of
 from md_assets.orchestration.assets import dataset_assets
 from md_assets.orchestration.resources import EncodersResource, HubResource, ImagesResource
-from md_assets.stages.latents import LatentsPlan, encode_archives
+from md_assets.stages.latents import encode_archives
+from md_assets.stages.latents_plan import LatentsPlan
 from md_assets.stages.once import published
 from md_assets.storage.mds import iter_rows
 from md_assets_tests.conftest import TinyEncoders

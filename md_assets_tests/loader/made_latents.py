@@ -27,9 +27,11 @@ def metadata(
     dtype: str = "float16",
     latent_mode: str = "sample",
     caption_length: int | None = None,
+    text_storage: str = "full",
 ) -> dict[str, Any]:
     """What a merged index says; the length of captions is no part of it."""
     return {
+        **({} if text_storage == "full" else {"text_storage": text_storage}),
         "caption_latents": list(caption),
         "image_latents": {str(px): list(shape) for px, shape in images.items()},
         "dtype": dtype,
@@ -46,8 +48,10 @@ def write_archive(
     dtype: str = "float16",
     latent_mode: str = "sample",
     caption_length: int | None = None,
+    text_storage: str = "full",
 ) -> list[str]:
     """Write one archive's shards; returns its keys. `caption_length` is that of every caption, None for no column.
+    Trimmed captions are the beginning of full ones.
 
     Moments are written like any array, but for their second half, which is positive.
     """
@@ -56,7 +60,8 @@ def write_archive(
     with ShardWriter(directory, latents_columns(tuple(images), False, caption_length is not None)) as writer:
         for key in keys:
             row: dict[str, Any] = {"key": key, "caption": f"a caption of {key}", "width": 300, "height": 256}
-            row["caption_latents"] = array_of(key, "caption_latents", caption, dtype).tobytes()
+            stored = caption_length if text_storage == "trimmed" else None
+            row["caption_latents"] = array_of(key, "caption_latents", caption, dtype)[:, :stored].tobytes()
             for px, shape in images.items():
                 array = array_of(key, latents_column(px), shape, dtype)
                 if latent_mode == "moments":

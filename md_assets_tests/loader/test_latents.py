@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from streaming import Stream, StreamingDataset
 
 from md_assets.core.errors import SettingsError
 from md_assets.loader import LatentsLayout, LatentsStream, build_latents_dataloader
+from md_assets.stages.index import merge_indexes
+from md_assets.stages.latents import encode_archives
 from md_assets.storage.mds import ShardError
 from md_assets_tests.loader.made_latents import CAPTION, IMAGES, array_of, make_latents, metadata, write_ledger
 
@@ -106,6 +109,27 @@ def test_a_mask_tells_padding_where_the_text_encoder_masked_it(tmp_path: Path) -
     (batch,) = loader
     assert batch["caption_mask"].tolist() == [[True, True, False]] * 2
     assert batch["caption_latents"].shape == (2, *CAPTION)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_trimmed_captions_get_their_length_back(tmp_path: Path, dtype: str) -> None:
+    directory = make_latents(tmp_path, "jdb", (4,), caption_length=2, text_storage="trimmed", dtype=dtype)
+    for batch in build_latents_dataloader(directory, batch_size=2, num_workers=0, with_keys=True):
+        assert batch["caption_latents"].shape == (2, *CAPTION)
+        assert batch["caption_mask"].tolist() == [[True, True, False]] * 2
+        for caption, key in zip(batch["caption_latents"].numpy(), batch["key"], strict=True):
+            full = array_of(key, "caption_latents", CAPTION, dtype)
+            assert np.array_equal(caption[:, :2], full[:, :2])
+            assert not caption[:, 2:].any()
+
+
+def test_a_trimmed_caption_of_another_length_than_it_says_is_told_with_the_row(tmp_path: Path) -> None:
+    directory = make_latents(tmp_path, "jdb", (2,), caption_length=2, text_storage="full")
+    index = directory / "index.json"
+    index.write_text(index.read_text().replace('"dtype"', '"text_storage": "trimmed", "dtype"'))
+    loader = build_latents_dataloader(directory, batch_size=1, num_workers=0, shuffle=False)
+    with pytest.raises(ShardError, match=r"row 0 in shard 0 has 24 bytes, but float16 \(1, 2, 4\) has 16"):
+        next(iter(loader))
 
 
 def test_a_single_archive_and_foreign_latents_are_read_too(tmp_path: Path) -> None:
@@ -259,6 +283,20 @@ def test_a_remote_stream_is_held_to_the_same_rules(tmp_path: Path) -> None:
     other = LatentsStream(tmp_path / "cache", remote=str(make_latents(tmp_path, "cc12m", (1,), dtype="float32")))
     with pytest.raises(SettingsError, match=r"jdb/latents and \S+cache cannot be mixed: dtype"):
         build_latents_dataloader([ours, other], batch_size=1)
+
+
+def test_latents_of_other_encoders_are_not_mixed(latents_plan, tiny_clip: Path) -> None:
+    """Encoded by the stage itself, so that what it writes down is what is compared."""
+    directories = []
+    for tag, changes in (("open_clip", {}), ("clip", {"text_encoder": str(tiny_clip)})):
+        plan = latents_plan({"train/000": 2}, encoder_tag=tag)
+        plan = replace(plan, encoders=replace(plan.encoders, image_resolutions=(256,), **changes))
+        encode_archives(plan, lambda event: None)
+        merged = merge_indexes(plan.latents_dir, "train", plan.archives, plan.settings)
+        assert merged is not None
+        directories.append(merged.path.parent)
+    with pytest.raises(SettingsError, match=r"cannot be mixed: caption latents \(1, 77, 64\) and \(1, 77, 32\)"):
+        build_latents_dataloader(directories, batch_size=1)
 
 
 def test_arguments_out_of_range_are_refused(tmp_path: Path) -> None:

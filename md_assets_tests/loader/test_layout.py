@@ -93,6 +93,7 @@ def test_directories_of_the_same_encoders_agree_though_they_have_other_sizes(tmp
         ({"dtype": "float32"}, "dtype float16 and float32"),
         ({"latent_mode": "mean"}, "latent_mode sample and mean"),
         ({"caption_length": 2}, "caption_length False and True"),
+        ({"caption_length": 2, "text_storage": "trimmed"}, "text_storage full and trimmed"),
     ],
 )
 def test_directories_that_differ_are_both_named(tmp_path: Path, other: dict, difference: str) -> None:
@@ -133,3 +134,5 @@ def test_a_layout_of_another_dtype_is_refused() -> None:
         LatentsLayout(CAPTION, IMAGES, "bfloat16")
     with pytest.raises(SettingsError, match="latent_mode 'median' is unknown"):
         LatentsLayout(CAPTION, IMAGES, latent_mode="median")
+    with pytest.raises(SettingsError, match="text_storage 'some' is unknown"):
+        LatentsLayout(CAPTION, IMAGES, text_storage="some")

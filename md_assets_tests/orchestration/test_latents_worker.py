@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -22,8 +23,10 @@ from md_assets.encoders.bundle import share_cpu
 from md_assets.orchestration import latents_worker
 from md_assets.orchestration.latents_launch import ACCELERATE_CONFIG, launch_command
 from md_assets.orchestration.latents_worker import EventLog, Forwarder, dealt, events_path, main, progress_line
-from md_assets.stages.latents import LatentsPlan, encode_archives
+from md_assets.stages.latents import encode_archives
+from md_assets.stages.latents_plan import LatentsPlan
 from md_assets.storage.mds import iter_rows
+from md_assets_tests.stages.test_latents import assert_same_rows
 
 COUNTS = {f"train/{i:03}": 6 + i for i in range(6)}
 
@@ -130,6 +133,51 @@ def test_three_processes_share_the_work_and_report_through_pipes(plan: LatentsPl
         torch.set_num_threads(threads)
     for archive in COUNTS:  # to the bit: batches of an archive are the same whoever takes it, and when
         assert list(iter_rows(plan.latents_dir.data(archive))) == list(iter_rows(alone.latents_dir.data(archive)))
+
+
+PROCESSES, BATCH_SIZES = (3, 2, 1), (1, 5, 32)
+
+ONE_OF_SEVERAL = f"""
+import os, pathlib, sys, time
+from {WORKER} import main
+
+rank, folder = int(sys.argv[1]), pathlib.Path(sys.argv[2])
+os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})  # one thread each, however many there are
+for processes in {PROCESSES}:
+    for batch_size in {BATCH_SIZES}:
+        if rank < processes:
+            events = folder / f"{{processes}}x{{batch_size}}"
+            (events / f"started-{{rank}}").touch()
+            while len(list(events.glob("started-*"))) < processes:
+                time.sleep(0.01)
+            os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+            os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(processes)
+            assert main([str(events.with_suffix(".json")), str(events)]) == 0
+"""
+"""The encoding process without its launcher, so that three starts do for all numbers of processes."""
+
+
+@pytest.mark.slow
+def test_one_result_for_any_processes_batches_and_order(plan: LatentsPlan, tmp_path: Path) -> None:
+    plans = {}
+    for name in (f"{processes}x{batch_size}" for processes in PROCESSES for batch_size in BATCH_SIZES):
+        archives = tuple(random.Random(name).sample(plan.archives, len(plan.archives)))
+        batch_size = int(name.partition("x")[2])
+        plans[name] = replace(plan, archives=archives, batch_size=batch_size, num_workers=0, encoder_tag=name)
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}.json").write_text(plans[name].to_json())
+    assert len({plan.archives for plan in plans.values()}) > 5
+    commands = [[sys.executable, "-c", ONE_OF_SEVERAL, str(rank), str(tmp_path)] for rank in range(3)]
+    started = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands]
+    assert [process.wait(300) for process in started] == [0, 0, 0]
+
+    assert len([log for log in tmp_path.glob("[23]x*/rank-*.jsonl") if '"published"' in log.read_text()]) > 6
+    stored = {name: {a: list(iter_rows(plan.latents_dir.data(a))) for a in COUNTS} for name, plan in plans.items()}
+    for name, by_archive in stored.items():
+        assert by_archive == stored[f"1x{name.partition('x')[2]}"]  # to the bit
+        for archive, rows in by_archive.items():
+            assert len(rows) == COUNTS[archive]
+            assert_same_rows(rows, stored["1x5"][archive])  # other batches: to rounding, see docs/decisions/010
 
 
 def running(pid: int) -> bool:

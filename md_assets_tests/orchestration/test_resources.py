@@ -44,11 +44,12 @@ def test_encoder_settings_carry_the_digest_of_local_weights(tiny_encoders: TinyE
         text_encoder=f"openclip:local-dir:{tiny_encoders.open_clip}",
         image_resolutions=[64],
         latent_mode="mean",
+        text_storage="trimmed",
     )
     settings = resource.settings(HubClient(endpoint="http://127.0.0.1:9"))  # nobody answers there, nobody is asked
     assert len(settings.vae_revision) == len(settings.text_encoder_revision) == 64
     assert settings.vae_revision != settings.text_encoder_revision
-    assert (settings.image_resolutions, settings.latent_mode) == ((64,), "mean")
+    assert (settings.image_resolutions, settings.latent_mode, settings.text_storage) == ((64,), "mean", "trimmed")
 
 
 @pytest.mark.parametrize(("visible", "count"), [("0", 1), ("0,1,2", 3), ("", 1), ("-1", 1)])

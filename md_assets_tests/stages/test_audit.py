@@ -158,6 +158,14 @@ def test_latents_that_are_not_those_of_their_row_of_mds(tmp_path: Path) -> None:
     assert verdict.what == "latents, sample train/000/001: in mds the same row has another key, that of train/000/002"
 
 
+@pytest.mark.parametrize(("gone", "said", "passed"), [(0, 0, True), (6, 6, True), (0, 6, False), (6, 0, False)])
+def test_samples_that_could_not_be_encoded_move_no_row(tmp_path: Path, gone: int, said: int, passed: bool) -> None:
+    rows = [mds_row(ARCHIVE, number) for number in range(7)]
+    publish(root := DataRoot(tmp_path), ARCHIVE, rows, [latents_of(row) for row in rows if row is not rows[gone]])
+    write_ledger(step(root, "latents"), read=7, rejected={"not_finite": [rows[said]["key"]]})
+    assert audit(root, "latents").passed == passed
+
+
 def test_latents_that_are_not_finite(tmp_path: Path) -> None:
     root = DataRoot(tmp_path)
     row = mds_row(ARCHIVE, 0)

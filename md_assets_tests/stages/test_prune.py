@@ -16,7 +16,8 @@ from md_assets.datasets.cc12m import SPEC as CC12M
 from md_assets.datasets.jdb import SPEC as JDB
 from md_assets.stages import prune
 from md_assets.stages.index import METADATA_KEY
-from md_assets.stages.latents import LatentsPlan, encode_archives
+from md_assets.stages.latents import encode_archives
+from md_assets.stages.latents_plan import LatentsPlan
 from md_assets.stages.mds import convert_archive
 from md_assets.stages.once import published, recorded, upstream_ledger
 from md_assets.stages.prune import PruneReport, prune_dataset

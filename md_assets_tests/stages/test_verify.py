@@ -14,7 +14,14 @@ from md_assets.core.ledger import Ledger
 from md_assets.core.paths import DataRoot, Stage, StageDir
 from md_assets.core.verdict import CHECKS_OF_STAGE, Verdict
 from md_assets.stages import verify
-from md_assets.stages.verify import counts_balance, latents_valid, shards_intact, tar_intact, verify_archive
+from md_assets.stages.verify import (
+    counts_balance,
+    latents_fault,
+    latents_valid,
+    shards_intact,
+    tar_intact,
+    verify_archive,
+)
 from md_assets.storage.publish import output_file, read_ledger
 from md_assets_tests.stages.conftest import LATENT_SHAPES, LAYOUT, JourneyDb, latents_row
 
@@ -266,6 +273,30 @@ def test_latents_valid_needs_what_the_ledger_promises(
     stage_dir = root.latents("jdb", "tiny")
     publish_latents(stage_dir, ARCHIVE, 2, details=details)
     assert_fails(latents_valid(stage_dir, ARCHIVE), says)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, ""),
+        ({"caption_length": 3, "caption_latents": b"\0" * 24}, ""),
+        ({"caption_length": 3}, "caption_latents has 16 bytes, (1, 3, 4) in float16 are 24"),
+        ({"caption_length": 0}, "caption_latents: its caption_length is 0, of 3 positions"),
+        ({"caption_length": 4, "caption_latents": b"\0" * 32}, "its caption_length is 4, of 3 positions"),
+        ({"caption_latents": b"\0\x7e" * 8}, "caption_latents has values that are not finite"),
+    ],
+)
+def test_trimmed_captions_are_as_long_as_they_say(changes: dict[str, Any], says: str) -> None:
+    row = {"caption_length": 2, "caption_latents": b"\0" * 16, **changes}
+    fault = latents_fault(row, {"caption_latents": (1, 3, 4)}, "float16", "trimmed")
+    assert (fault is None) == (says == "")
+    assert says in (fault or "")
+
+
+def test_a_trimmed_caption_needs_its_length() -> None:
+    row = {"caption_latents": b"\0" * 16}
+    fault = latents_fault(row, {"caption_latents": (1, 3, 4)}, "float16", "trimmed")
+    assert fault == "caption_latents: there is no 'caption_length'"
 
 
 @pytest.mark.parametrize("at", [1, 4, 8, 40])

@@ -177,6 +177,15 @@ def test_rows_for_looking_at_are_spread_from_first_to_last(several: Path, count:
     assert list(spread_rows(several, count)) == [rows[number] for number in numbers]
 
 
+def test_rows_that_are_left_out_are_as_if_they_were_not_there(several: Path) -> None:
+    rows = rows_of(23)
+    gone = {rows[0]["key"], rows[11]["key"], rows[12]["key"], "another"}
+    left = [row for row in rows if row["key"] not in gone]
+    assert list(spread_rows(several, 3, gone)) == [left[0], left[10], left[19]]
+    assert list(spread_rows(several, 99, gone)) == left
+    assert list(spread_rows(several, 2, {row["key"] for row in rows})) == []
+
+
 def test_ledgered_files_are_all_files_with_their_hashes(several: Path) -> None:
     files = ledgered_files(several, "train/000")
     assert sorted(Path(f.path).name for f in files) == sorted(p.name for p in several.iterdir())
