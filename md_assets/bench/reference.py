@@ -8,6 +8,7 @@ Here: the reference's way. Not here: ours (`stages.raw`, `stages.mds`), the meas
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import tarfile
 from collections.abc import Iterator
@@ -82,6 +83,7 @@ def _cc12m(archive: Path, extracted: Path) -> Iterator[tuple[Image.Image, str]]:
             picture = _downsize(picture)
         if edge >= MIN_IMAGE_SIZE:
             yield picture, text.stem
+    shutil.rmtree(extracted)
 
 
 def _resize_file(path: Path, to: Path) -> None:

@@ -80,6 +80,10 @@ class CorruptArchiveError(MdAssetsError):
         super().__init__(what, remedy)
 
 
+class DamagedError(MdAssetsError):
+    """Files that a stage has published are not what their ledger or index says."""
+
+
 class SettingsError(MdAssetsError):
     """A setting, environment variable or command-line value is wrong."""
 

@@ -22,6 +22,7 @@ from md_assets.orchestration.automation import (
     raw_condition,
 )
 from md_assets.orchestration.checks import check_specs, index_check_specs
+from md_assets.orchestration.code_references import code_references
 from md_assets.orchestration.partitions import archive_partitions
 from md_assets.orchestration.resources import EncodersResource, HubResource, ImagesResource
 from md_assets.orchestration.source_checks import links_checks
@@ -41,6 +42,9 @@ which no run config reaches."""
 
 RETRIES = dg.RetryPolicy(max_retries=2, delay=60, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
 """For steps in which an archive failed of something that passes. A Hub client has waited for minutes by then."""
+
+STAGE_TAG = "md_assets/stage"
+"""On every asset of a dataset: by it, one stage of all datasets is found in the catalog."""
 
 POOL_HUB = "hub"
 """Limits concurrent downloads: the Hub counts requests by address and account."""
@@ -100,7 +104,11 @@ def _archive(spec: DatasetSpec) -> Any:
         group_name=spec.slug,
         description=f"Archives of {spec.title} at their source, observed: the data version of each is its content id "
         f"there (LFS sha256, md5 or ETag), or its name where only the bytes tell.\n\n{spec.datasheet}",
-        tags={f"dagster/kind/{'huggingface' if isinstance(spec.locate(spec.archives[0]), HubFile) else 'http'}": ""},
+        tags={
+            f"dagster/kind/{'huggingface' if isinstance(spec.locate(spec.archives[0]), HubFile) else 'http'}": "",
+            STAGE_TAG: "archive",
+        },
+        metadata=code_references(stage_runs.observe_archives, "", spec),
     )
     def archive(context, hub: HubResource) -> dg.DataVersionsByPartition:
         return stage_runs.observe_archives(context, spec, hub)
@@ -114,6 +122,8 @@ def _annotations(spec: DatasetSpec) -> Any:
         group_name=spec.slug,
         owners=OWNERS,
         kinds={"huggingface", "parquet"},
+        tags={STAGE_TAG: "annotations"},
+        metadata=code_references(stage_runs.index_captions, "annotations", spec),
         pool=POOL_CAPTIONS,
         retry_policy=RETRIES,
         automation_condition=annotations_condition(spec),
@@ -137,6 +147,7 @@ def _raw(spec: DatasetSpec) -> Any:
         deps=["archive"],
         pool=POOL_HUB,
         kinds={"huggingface", "python"},
+        metadata=code_references(stage_runs.fetch_archives, "raw", spec),
         description=f"Images of one archive of {spec.title}: fetched, verified, filtered and resized, as an "
         f"uncompressed WebDataset-shaped tar.\n\n{spec.datasheet}",
     )
@@ -153,6 +164,7 @@ def _mds(spec: DatasetSpec) -> Any:
         deps=["raw", "annotations"] if spec.annotations else ["raw"],
         pool=None,
         kinds={"mosaicml", "python"},
+        metadata=code_references(stage_runs.convert_archives, "mds", spec),
         description=f"MDS shards of one archive of {spec.title}: key, jpg, caption, width, height.",
     )
 
@@ -170,6 +182,7 @@ def _latents(spec: DatasetSpec) -> Any:
         deps=["mds"],
         pool=POOL_GPU,
         kinds={"pytorch", "mosaicml"},
+        metadata=code_references(stage_runs.encode_archives, "latents", spec),
         description=f"Latents of one archive of {spec.title} as MDS shards: key, caption, caption_latents, "
         "latents_256, latents_512, width, height. Encoded in processes of their own, on GPUs where there are some.",
     )
@@ -182,6 +195,9 @@ def _selected(spec: DatasetSpec, subset: Subset, stage: Stage) -> Any:
         "deps": [stage],
         "pool": None,
         "kinds": {"mosaicml", "python"},
+        "metadata": code_references(
+            stage_runs.select_mds if stage == "mds" else stage_runs.select_latents, "subset", spec
+        ),
         "description": f"{stage} of the part of one archive of {spec.title} whose smaller image edge is "
         f"{subset.min_edge_px} px or more before resizing: rows selected from `{spec.slug}/{stage}`, not made again.",
     }
@@ -206,6 +222,7 @@ def _archive_asset(
     deps: Sequence[str],
     pool: str | None,
     kinds: set[str],
+    metadata: dict[str, Any],
     description: str,
 ) -> Any:
     """A stage's asset: partitioned by archive, run in ranges, recorded archive by archive.
@@ -224,6 +241,8 @@ def _archive_asset(
                 group_name=spec.slug,
                 owners=OWNERS,
                 kinds=kinds,
+                tags={STAGE_TAG: stage},
+                metadata=metadata,
                 description=description,
                 skippable=True,
                 automation_condition=raw_condition(spec) if stage == "raw" else follow_condition(spec, deps[0]),
@@ -278,6 +297,8 @@ def _raw_only(spec: DatasetSpec, name: str) -> Any:
         group_name=spec.slug,
         owners=OWNERS,
         kinds={"huggingface", "python"},
+        tags={STAGE_TAG: "raw"},
+        metadata=code_references(stage_runs.fetch_beside, "raw_only", spec),
         pool=POOL_HUB,
         retry_policy=RETRIES,
         description=f"What {spec.title} has beside its archives, fetched and kept as raw only. {what}",
@@ -289,13 +310,15 @@ def _raw_only(spec: DatasetSpec, name: str) -> Any:
 
 
 def _index_options(spec: DatasetSpec, stage: str) -> dict[str, Any]:
-    key = asset_key(spec, f"{stage}_index")
+    key, of_mds = asset_key(spec, f"{stage}_index"), stage.startswith("mds")
     index = dg.AssetSpec(
         key,
         deps=[asset_key(spec, stage)],
         group_name=spec.slug,
         owners=OWNERS,
         kinds={"mosaicml", "json"},
+        tags={STAGE_TAG: "index"},
+        metadata=code_references(stage_runs.merge_mds if of_mds else stage_runs.merge_latents, "index", spec),
         description=f"Merged index.json over all published {stage} archives of {spec.title} with the same settings: "
         "what a StreamingDataset is pointed at.",
         automation_condition=index_condition(spec, stage),

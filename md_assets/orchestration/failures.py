@@ -33,6 +33,11 @@ RUN_DIED = "run_died"
 DIED = frozenset({RUN_DIED, "process_died"})
 """Reasons that pass although the run itself does not wait and try again: a killed process, a machine that went down."""
 
+WITHOUT_A_WORD = "its process ended without a word: killed, out of memory, or its machine went down"
+
+_FROM_OUTSIDE = "This run has been marked as failed from outside the execution context"
+"""What Dagster says when it finds the process of a run gone."""
+
 RUNS_AT_A_TIME = 500
 """Of which records are asked for in one query."""
 
@@ -186,7 +191,8 @@ def _said(failure: DagsterEvent) -> tuple[Cause, dict[str, Cause]]:
     if error is not None:
         interrupted = error.cls_name == "DagsterExecutionInterruptedError"
         return Cause(one_line(error.message), RUN_DIED if interrupted else "internal", interrupted), {}
-    return Cause(one_line(failure.message or "no reason given"), RUN_DIED, True), {}
+    said = one_line(failure.message or "")
+    return Cause(WITHOUT_A_WORD if said in ("", _FROM_OUTSIDE) else said, RUN_DIED, True), {}
 
 
 def _nothing_said(run: dg.DagsterRun) -> tuple[Cause, dict[str, Cause]]:

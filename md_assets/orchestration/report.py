@@ -17,6 +17,7 @@ import dagster as dg
 from md_assets.core.names import first_of
 from md_assets.core.paths import DataRoot
 from md_assets.core.spec import DatasetSpec
+from md_assets.orchestration.code_references import code_references
 
 if TYPE_CHECKING:
     from md_assets.stages.report import LatentsGroup, Report
@@ -37,6 +38,7 @@ def report_asset(specs: Sequence[DatasetSpec]) -> Any:
         group_name="report",
         owners=["team:data-platform"],
         kinds={"python", "markdown"},
+        metadata=code_references(report_metadata, "report"),
         check_specs=[
             dg.AssetCheckSpec(
                 NO_DRIFT,

@@ -21,7 +21,8 @@ from md_assets.core.progress import ProgressLines
 from md_assets.core.settings import latents_settings, mds_settings, subset_settings
 from md_assets.core.spec import DatasetSpec, RawOnly, Subset
 from md_assets.orchestration.archive_run import REASON_KEY, TRANSIENT_KEY, ArchiveRun
-from md_assets.orchestration.failed_checks import damaged_archives
+from md_assets.orchestration.checks import evaluate
+from md_assets.orchestration.failed_checks import OF_WHAT_IS_ON_DISK, damaged_archives
 from md_assets.orchestration.metadata import archive_metadata, rejects_table
 from md_assets.orchestration.partitions import archives_of
 from md_assets.orchestration.refresh import find_changes
@@ -114,7 +115,7 @@ def convert_archives(
             spec, archive, root, settings, report=run.progress, on_wait=lambda: run.waiting(archive)
         ),
     )
-    return run.finish()
+    return _finish(context, run, root.raw(spec.slug))
 
 
 def encode_archives(
@@ -155,7 +156,7 @@ def encode_archives(
             run.record(Outcome(ledger, passed_over=True))
     if pending:
         encode(context, run, dataclasses.replace(plan, archives=tuple(pending)), processes, hub.environment())
-    return run.finish()
+    return _finish(context, run, plan.mds_dir)
 
 
 def select_mds(
@@ -209,7 +210,7 @@ def _select(
             on_wait=lambda: run.waiting(archive),
         ),
     )
-    return run.finish()
+    return _finish(context, run, whole_dir)
 
 
 def fetch_beside(
@@ -315,6 +316,20 @@ def _archives(context: dg.AssetExecutionContext, spec: DatasetSpec, stage_dir: S
             what = f"{failed.check} failed ({failed.what}); its ledger is withdrawn and it is made again"
             context.log.warning(f"{asset.to_user_string()} {failed.archive}: {what}")
     return archives
+
+
+def _finish(context: dg.AssetExecutionContext, run: ArchiveRun, upstream: StageDir) -> list[dg.MaterializeResult]:
+    """End a run. Where the stage before could not be read, its files are checked again: an archive whose files are
+    damaged counts as failed there too, and is mended there."""
+    from md_assets.stages.once import UPSTREAM_DAMAGED, UPSTREAM_MISSING
+
+    key = dg.AssetKey([upstream.dataset, upstream.asset])
+    for error in run.failures:
+        if error.reason in (UPSTREAM_DAMAGED, UPSTREAM_MISSING) and upstream.ledger(error.archive).exists():
+            for evaluation in evaluate(key, upstream, None, error.archive, read_all=error.reason == UPSTREAM_DAMAGED):
+                if evaluation.check_name in OF_WHAT_IS_ON_DISK and not evaluation.passed:
+                    context.log_event(evaluation)
+    return run.finish()
 
 
 @contextmanager

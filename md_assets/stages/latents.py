@@ -28,7 +28,7 @@ from md_assets.core.ledger import Ledger
 from md_assets.core.paths import DataRoot, StageDir
 from md_assets.core.settings import EncoderSettings, latents_settings
 from md_assets.stages.latent_statistics import ENCODED_AT, STATISTICS, LatentStatistics
-from md_assets.stages.once import archive_errors, current, refuse_pruned, upstream_ledger, versions_of
+from md_assets.stages.once import UPSTREAM_DAMAGED, archive_errors, current, refuse_pruned, upstream_ledger, versions_of
 from md_assets.storage.mds import Shard, ShardWriter, ledgered_files, read_index, spread_rows
 from md_assets.storage.publish import BusyError, publish, scratch, with_files, workspace
 
@@ -194,7 +194,7 @@ def _walk(plan: LatentsPlan, encoders: Encoders, report: Report, archives: Itera
                 if isinstance(batch, Unreadable):
                     claim.failed = True  # at once, so that no more of it is prepared
                     remedy = f"Materialize {plan.dataset}/mds of it again"
-                    writer.submit(claim.fail, claim.error(batch.what, remedy, "damaged"))
+                    writer.submit(claim.fail, claim.error(batch.what, remedy, UPSTREAM_DAMAGED))
                     continue
                 unwritten.append(writer.submit(claim.write, encoders.encode(batch)))
                 if len(unwritten) > BATCHES_AHEAD:
@@ -230,8 +230,8 @@ def _claim(plan: LatentsPlan, encoders: Encoders, report: Report, archive: str, 
                 plan.dataset,
                 archive,
                 f"mds holds {rows} rows, its ledger says {mds.kept}",
-                f"Delete the ledger and materialize {plan.dataset}/mds of it again",
-                reason="unbalanced",
+                f"Materialize {plan.dataset}/mds of it again",
+                reason=UPSTREAM_DAMAGED,
             )
         return _Claim(plan, encoders, report, mds, shards, own, stack.pop_all())
 

@@ -27,6 +27,7 @@ from md_assets.core.settings import ImageSettings, mds_settings, raw_settings
 from md_assets.core.spec import DatasetSpec
 from md_assets.stages.annotations import as_unicode
 from md_assets.stages.once import (
+    UPSTREAM_MISSING,
     Made,
     Outcome,
     archive_errors,
@@ -120,7 +121,7 @@ def _annotations_ledger(spec: DatasetSpec, archive: str, root: DataRoot) -> Ledg
             archive,
             f"its captions ({source.name}) are not indexed",
             f"Materialize {spec.slug}/annotations",
-            reason="upstream_missing",
+            reason=UPSTREAM_MISSING,
         )
     return ledger
 

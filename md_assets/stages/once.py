@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from md_assets import __version__
-from md_assets.core.errors import ArchiveError, CorruptArchiveError, MdAssetsError, SourceError
+from md_assets.core.errors import ArchiveError, CorruptArchiveError, DamagedError, MdAssetsError, SourceError
 from md_assets.core.ledger import Ledger
 from md_assets.core.paths import StageDir
 from md_assets.core.settings import fingerprint
@@ -28,6 +28,10 @@ from md_assets.storage.publish import (
     read_ledger,
     workspace,
 )
+
+UPSTREAM_MISSING, UPSTREAM_DAMAGED = "upstream_missing", "upstream_damaged"
+"""Reasons of archives that failed since the stage before cannot be read: nothing whole is published there, or its files
+are not what their ledger says."""
 
 _log = logging.getLogger(__name__)
 
@@ -121,7 +125,7 @@ def upstream_ledger(stage_dir: StageDir, archive: str, settings: Mapping[str, An
     ledger = recorded(stage_dir, archive)
     again = f"Materialize {stage_dir.dataset}/{stage_dir.asset} of it"
     if ledger is None:
-        raise refuse(f"{stage_dir.asset} is not published", again, "upstream_missing")
+        raise refuse(f"{stage_dir.asset} is not published", again, UPSTREAM_MISSING)
     if not ledger.balances:
         raise refuse(
             f"the ledger of {stage_dir.asset} does not balance: {ledger.read} read, {ledger.kept} kept, "
@@ -210,7 +214,8 @@ def archive_errors(dataset: str, archive: str) -> Iterator[None]:
             dataset, archive, error.what, error.remedy, reason=error.reason, transient=transient
         ) from error
     except MdAssetsError as error:
-        raise ArchiveError(dataset, archive, error.what, error.remedy, reason="failed") from error
+        reason = UPSTREAM_DAMAGED if isinstance(error, DamagedError) else "failed"
+        raise ArchiveError(dataset, archive, error.what, error.remedy, reason=reason) from error
     except OSError as error:
         what = f"{error.strerror or error} at {error.filename}" if error.filename else str(error)
         raise ArchiveError(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from md_assets.core.errors import MdAssetsError
+from md_assets.core.errors import DamagedError
 from md_assets.core.ledger import Ledger, Reason
 from md_assets.core.paths import StageDir
 from md_assets.core.progress import Progress, ReportProgress, silent
@@ -62,7 +62,7 @@ def select_archive(
     def make(workspace: Path) -> Made:
         refuse_pruned(whole_dir, archive)
         if not (intact := shards_intact(whole_dir, archive)).passed:
-            raise MdAssetsError(intact.what, f"Materialize {whole_dir.dataset}/{whole_dir.asset} of it again")
+            raise DamagedError(intact.what, f"Materialize {whole_dir.dataset}/{whole_dir.asset} of it again")
         source = whole_dir.data(archive)
         shards = read_index(source)
         columns = {name: encoding for name, encoding, _ in shards[0].columns} if shards else MDS_COLUMNS

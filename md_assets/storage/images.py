@@ -24,6 +24,7 @@ from md_assets.core.settings import ImageSettings
 
 try:
     import cykooz_resizer
+    from cykooz_resizer.alpha import set_image_mode
 
     SIMD_RESIZE = True
 except ImportError:
@@ -59,11 +60,12 @@ bicubic one any more: on a photograph-like spectrum that costs 0.4 to 2 dB of PS
 _REDUCTIONS = (8, 4, 2)
 """How many times smaller libjpeg decodes at little cost; it knows other ratios, but slowly."""
 
-_JPEG_MODES = {"RGB": ("RGB", ("YCbCr", "RGB")), "L": ("GRAY", ("Gray",))}
-"""Pillow's mode of an ordinary JPEG -> what simplejpeg decodes it to, and what it must find in it."""
+_JPEG_MODES = {"RGB": ("RGBX", "RGBX", ("YCbCr", "RGB")), "L": ("L", "GRAY", ("Gray",))}
+"""Pillow's mode of an ordinary JPEG -> the mode it gets, what simplejpeg calls that, and what it must find in the file.
+With a byte that nobody reads behind each pixel, Pillow and the resizer take the decoder's pixels without a copy."""
 
-_PIXEL_TYPES = {"L": "U8", "RGB": "U8x3", "CMYK": "U8x4"}
-"""Modes that are resized, and what cykooz_resizer calls them."""
+_RESIZED_MODES = ("L", "RGB", "RGBX", "CMYK")
+"""Modes that are resized as they are."""
 
 _LOST = ("remature end", "bad Huffman code", "bad arithmetic code", "instead of RST")
 """Signs in libjpeg's warnings (jerror.h) that a part of the picture is gone. Others (bytes too many before a marker, an
@@ -190,17 +192,13 @@ class Decoded:
     """Pixels on white, in the colours of their file.
 
     Attributes:
-        mode: L, RGB or CMYK.
-        size: width and height in px.
-        extent: how much of width and height is picture: the last column and row of a reduced JPEG may stand for less
-            than a whole pixel.
-        pixels: row by row, 8 bits a level.
+        picture: of a mode in `_RESIZED_MODES`.
+        extent: how much of its width and height in px is picture: the last column and row of a reduced JPEG may stand
+            for less than a whole pixel.
     """
 
-    mode: str
-    size: tuple[int, int]
+    picture: Image.Image
     extent: tuple[float, float]
-    pixels: bytes
 
 
 def decode(data: bytes, image: Image.Image, least: tuple[int, int]) -> Decoded:
@@ -222,17 +220,16 @@ def decode(data: bytes, image: Image.Image, least: tuple[int, int]) -> Decoded:
     picture = _eight_bit(image)
     if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
         picture = _on_white(picture)
-    if picture.mode not in _PIXEL_TYPES:
+    if picture.mode not in _RESIZED_MODES:
         picture = picture.convert("RGB")
-    extent = reduced[1][2:] if reduced else picture.size
-    return Decoded(picture.mode, picture.size, extent, picture.tobytes())
+    return Decoded(picture, reduced[1][2:] if reduced else picture.size)
 
 
 def _decode_jpeg(data: bytes, image: Image.Image, least: tuple[int, int]) -> Decoded | None:
     """`decode` of an ordinary JPEG, faster and stricter; None for what Pillow has to decode and to judge."""
     if image.format != "JPEG" or image.mode not in _JPEG_MODES:
         return None
-    decoded_as, stored_as = _JPEG_MODES[image.mode]
+    mode, decoded_as, stored_as = _JPEG_MODES[image.mode]
     width, height = image.size
     by = next((by for by in _REDUCTIONS if width >= by * least[0] and height >= by * least[1]), 1)
     size = (-(-width // by), -(-height // by))
@@ -254,31 +251,30 @@ def _decode_jpeg(data: bytes, image: Image.Image, least: tuple[int, int]) -> Dec
         return None
     if pixels_HWC.shape[:2] != size[::-1]:
         return None
-    return Decoded(image.mode, size, (width / by, height / by), pixels_HWC.tobytes())
+    return Decoded(Image.frombuffer(mode, size, pixels_HWC, "raw", mode, 0, 1), (width / by, height / by))
 
 
-def _resized(picture: Decoded, target: tuple[int, int]) -> Image.Image:
+def _resized(decoded: Decoded, target: tuple[int, int]) -> Image.Image:
     """The picture at `target` size (width, height in px), antialiased bicubic.
 
     cykooz.resizer's Catmull-Rom filter is Pillow's bicubic one; both are 57 dB from the exact result, by rounding.
     """
+    picture = decoded.picture
     if picture.size == target:
-        return Image.frombytes(picture.mode, target, picture.pixels)
+        return picture
     if not SIMD_RESIZE:
-        whole = Image.frombytes(picture.mode, picture.size, picture.pixels)
-        return whole.resize(target, Image.Resampling.BICUBIC, (0, 0, *picture.extent))
-    pixel_type = cykooz_resizer.PixelType[_PIXEL_TYPES[picture.mode]]
-    source = cykooz_resizer.ImageData(*picture.size, pixel_type, picture.pixels)
-    resized = cykooz_resizer.ImageData(*target, pixel_type)
+        return picture.resize(target, Image.Resampling.BICUBIC, (0, 0, *decoded.extent))
+    if picture.mode == "RGBX":
+        set_image_mode(picture, "RGB")  # to Pillow and the resizer it lies in memory like this
+    resized = Image.new(picture.mode, target, None)
     options = cykooz_resizer.ResizeOptions(
         cykooz_resizer.ResizeAlg.convolution(cykooz_resizer.FilterType.catmull_rom),
-        use_alpha=False,  # the fourth channel is ink
-        crop_box=cykooz_resizer.CropBox(0, 0, *picture.extent),
+        crop_box=cykooz_resizer.CropBox(0, 0, *decoded.extent),
     )
     if not hasattr(_of_this_thread, "resizer"):
         _of_this_thread.resizer = cykooz_resizer.Resizer()
-    _of_this_thread.resizer.resize(source, resized, options)
-    return Image.frombytes(picture.mode, target, resized.get_buffer())
+    _of_this_thread.resizer.resize_pil(picture, resized, options)
+    return resized
 
 
 def _in_srgb(picture: Image.Image, image: Image.Image) -> Image.Image:

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from md_assets.core.errors import MdAssetsError
+from md_assets.core.errors import DamagedError
 from md_assets.core.ledger import OutputFile
 from md_assets.core.schema import SHARD_HASHES, SHARD_SIZE_LIMIT_BYTES
 from md_assets.storage.publish import output_file
@@ -31,7 +31,7 @@ INDEX_VERSION = 2
 """Version of the index format, as `streaming.base.format` writes it."""
 
 
-class ShardError(MdAssetsError):
+class ShardError(DamagedError):
     """A directory of shards is not what its index says."""
 
 

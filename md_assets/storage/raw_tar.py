@@ -1,28 +1,25 @@
 """The raw stage's own archive: an uncompressed, WebDataset-shaped tar of `<key>.jpg` and `<key>.json`.
 
 Here: writing it byte for byte reproducibly, and reading it back verified. Not here: upstream's archives,
-see `storage.archives`.
+see `storage.archives`; how a tar is read, see `storage.tar_members`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import tarfile
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, cast
 
-from md_assets.core.errors import MdAssetsError
+from md_assets.core.errors import CorruptArchiveError, DamagedError
 from md_assets.core.ledger import OutputFile
 from md_assets.storage.images import StoredImage
+from md_assets.storage.tar_members import tar_members
 
-_BUFFER_BYTES = 1 << 17
-"""tarfile copies its whole buffer whenever something is added to it or taken from it, so a larger one costs time."""
+_BUFFER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -43,26 +40,6 @@ class RawSample:
     caption: str | None
 
 
-class _Hashing:
-    """A file that hashes what goes through it."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.digest = hashlib.sha256()
-        self.bytes = 0
-
-    def write(self, block: bytes) -> int:
-        self.digest.update(block)
-        self.bytes += len(block)
-        return self._file.write(block)
-
-    def read(self, size: int = -1) -> bytes:
-        block = self._file.read(size)
-        self.digest.update(block)
-        self.bytes += len(block)
-        return block
-
-
 class RawTarWriter:
     """Writes samples in order. The same samples give the same bytes: no times, owners or modes of this machine.
 
@@ -75,10 +52,8 @@ class RawTarWriter:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = path.open("wb", buffering=_BUFFER_BYTES)
-        self._hashing = _Hashing(self._file)
-        self._tar = tarfile.open(  # noqa: SIM115 (closed in __exit__)
-            fileobj=cast(IO[bytes], self._hashing), mode="w|", format=tarfile.PAX_FORMAT, bufsize=_BUFFER_BYTES
-        )
+        self._digest = hashlib.sha256()
+        self._bytes = 0
 
     def write(self, key: str, image: StoredImage, caption: str | None) -> None:
         meta: dict[str, object] = {
@@ -98,11 +73,18 @@ class RawTarWriter:
     def _add(self, name: str, data: bytes) -> None:
         info = tarfile.TarInfo(name)
         info.size = len(data)
-        self._tar.addfile(info, io.BytesIO(data))
+        self._append(info.tobuf(tarfile.PAX_FORMAT))
+        self._append(data)
+        self._append(bytes(-len(data) % tarfile.BLOCKSIZE))
+
+    def _append(self, block: bytes) -> None:
+        self._digest.update(block)
+        self._bytes += len(block)
+        self._file.write(block)
 
     def output_file(self, name: str) -> OutputFile:
         """Size and hash of the finished file, to be ledgered under `name`."""
-        return OutputFile(name, self._hashing.bytes, self._hashing.digest.hexdigest())
+        return OutputFile(name, self._bytes, self._digest.hexdigest())
 
     def __enter__(self) -> RawTarWriter:
         return self
@@ -110,11 +92,10 @@ class RawTarWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            with suppress(*() if kind is None else (OSError,)):
-                self._tar.close()  # after an error too, or tarfile would do it later, with the file closed
-        finally:
-            self._file.close()
+        with self._file:
+            if kind is None:
+                self._append(bytes(2 * tarfile.BLOCKSIZE))  # the end mark
+                self._append(bytes(-self._bytes % tarfile.RECORDSIZE))
 
 
 def iter_raw_tar(path: Path, expected: OutputFile) -> Iterator[RawSample]:
@@ -125,28 +106,24 @@ def iter_raw_tar(path: Path, expected: OutputFile) -> Iterator[RawSample]:
         expected: what the ledger says of it; compared when the last sample was read.
 
     Raises:
-        MdAssetsError: the file is not what the ledger says. Drop what was made of earlier samples.
+        DamagedError: the file is not what the ledger says. Drop what was made of earlier samples.
     """
-    damaged = MdAssetsError(f"{path} is not what its ledger says", "Delete the ledger and run raw again.")
+    damaged = DamagedError(f"{path} is not what its ledger says", "Materialize raw of it again")
+    digest, jpeg = hashlib.sha256(), b""
     try:
-        with path.open("rb", buffering=0) as file:
-            hashing = _Hashing(file)
-            with tarfile.open(fileobj=cast(IO[bytes], hashing), mode="r|", bufsize=_BUFFER_BYTES) as tar:
-                jpeg = b""
-                for info in tar:
-                    content = tar.extractfile(info)
-                    data = content.read() if content else b""
-                    if info.name.endswith(".jpg"):
-                        jpeg = data
-                    else:
-                        meta = json.loads(data)
-                        yield RawSample(meta["key"], jpeg, meta["width"], meta["height"], meta.get("caption"))
-                    tar.members = []  # type: ignore[attr-defined]  # or tarfile keeps every header
-            while hashing.read(_BUFFER_BYTES):
-                pass
-    except (OSError, tarfile.TarError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
+        if path.stat().st_size != expected.bytes:
+            raise damaged
+        for member in tar_members(path, max_member_bytes=expected.bytes, digest=digest):
+            if member.refused:
+                raise damaged
+            if member.name.endswith(".jpg"):
+                jpeg = member.data
+            else:
+                meta = json.loads(member.data)
+                yield RawSample(meta["key"], jpeg, meta["width"], meta["height"], meta.get("caption"))
+    except (OSError, CorruptArchiveError, ValueError, TypeError, LookupError, RecursionError) as error:
         raise damaged from error
-    if (hashing.bytes, hashing.digest.hexdigest()) != (expected.bytes, expected.sha256):
+    if digest.hexdigest() != expected.sha256:
         raise damaged
 
 

@@ -10,6 +10,7 @@ of the standard library's time.
 
 from __future__ import annotations
 
+import hashlib
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,10 +41,17 @@ _MAX_HEADER_BYTES = 2**20
 
 
 def tar_members(
-    path: Path, max_member_bytes: int, on_position: Callable[[int], None] | None = None
+    path: Path,
+    max_member_bytes: int,
+    on_position: Callable[[int], None] | None = None,
+    digest: hashlib._Hash | None = None,
 ) -> Iterator[Member]:
-    """The files of a tar; see `storage.archives.iter_members`."""
-    with _open_tar(path) as (tar, file):
+    """The files of a tar; see `storage.archives.iter_members`.
+
+    Args:
+        digest: is given all bytes of the file by the time that its last member was taken.
+    """
+    with _open_tar(path, digest) as (tar, file):
         for info in _entries(tar):
             if on_position:
                 on_position(file.tell())
@@ -231,8 +239,20 @@ def _check_end(tar: tarfile.TarFile) -> None:
             raise Broken("corrupt", "there is something behind its end mark")
 
 
+class _Digested:
+    """A file of which a digest is given all that is read."""
+
+    def __init__(self, file: IO[bytes], digest: hashlib._Hash) -> None:
+        self._file, self._digest = file, digest
+
+    def read(self, size: int) -> bytes:
+        block = self._file.read(size)
+        self._digest.update(block)
+        return block
+
+
 @contextmanager
-def _open_tar(path: Path) -> Iterator[tuple[tarfile.TarFile, IO[bytes]]]:
+def _open_tar(path: Path, digest: hashlib._Hash | None = None) -> Iterator[tuple[tarfile.TarFile, IO[bytes]]]:
     """A tar to be read once from front to back, and the file below it, whose position tells progress.
 
     Leaving the block normally reads to the end of the file, so that gzip's checksum is verified too.
@@ -245,7 +265,8 @@ def _open_tar(path: Path) -> Iterator[tuple[tarfile.TarFile, IO[bytes]]]:
                 raise Broken("truncated", "it is empty")
             if is_web_page(start) and start[257:262] != tarfile.POSIX_MAGIC[:5]:
                 raise Broken("not_an_archive", "it is a web page")
-            stream = cast(IO[bytes], _gunzip(fileobj=file)) if start.startswith(GZIP_MAGIC) else file
+            below = cast(IO[bytes], _Digested(file, digest)) if digest else file
+            stream = cast(IO[bytes], _gunzip(fileobj=below)) if start.startswith(GZIP_MAGIC) else below
             with _header_errors():
                 # errors: names that are not UTF-8 come as surrogates, which safe_name encodes.
                 tar = tarfile.TarFile(

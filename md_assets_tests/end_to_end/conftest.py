@@ -1,6 +1,7 @@
 """Real commands on a sandbox: `dagster` and `md-assets` as users start them, in processes of their own."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from playwright.sync_api import Locator, Page, expect, sync_playwright
 
 from md_assets.core.paths import DATA_ROOT_VARIABLE, DataRoot
 from md_assets.demo.loopback_hub import LoopbackHub
@@ -19,6 +21,11 @@ from md_assets.demo.walkthrough import Sandbox, environment_variables, materiali
 REPOSITORY = Path(__file__).resolve().parents[2]
 SAMPLES, SIZE_PX = 12, 320
 ARCHIVE = "train/000"
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+SCREENSHOTS = os.environ.get("MD_ASSETS_SCREENSHOTS")
+"""Where to leave pictures for the docs; they are not kept otherwise."""
 
 
 @dataclass
@@ -142,3 +149,37 @@ def commands(prepared_sandbox: Sandbox, tmp_path: Path) -> Iterator[SandboxComma
         commands = SandboxCommands(sandbox.path, sandbox.environment(hub.endpoint), sandbox=sandbox, hub=hub)
         yield commands
         commands.end()
+
+
+@pytest.fixture
+def page() -> Iterator[Page]:
+    """A page of a real browser."""
+    if CHROMIUM is None:
+        if os.environ.get("CI"):
+            pytest.fail("chromium is missing; make system-packages installs it")
+        pytest.skip("chromium is missing; make system-packages, as root, installs it")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM,
+            args=[
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-quic",
+                "--no-first-run",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+            ],
+        )
+        page = browser.new_page(viewport={"width": 1440, "height": 1000})
+        page.set_default_timeout(30_000)
+        expect.set_options(timeout=30_000)  # instead of 5 s
+        yield page
+        browser.close()
+
+
+def screenshot(page: Page | Locator, name: str) -> None:
+    """Leave a picture of a page or a part of it, where one is asked for."""
+    if SCREENSHOTS:
+        page.screenshot(path=Path(SCREENSHOTS, f"{name}.png"))

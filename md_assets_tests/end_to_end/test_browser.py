@@ -1,51 +1,21 @@
 """The UI as a person uses it: a range of partitions materialized in a real browser, checks and contact sheet seen."""
 
-import os
-import shutil
-import socket
 import sys
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
+from md_assets.bench.dagster_services import free_port
+from md_assets.demo.sandbox import MINIATURES
 from md_assets.stages.once import published
 from md_assets.storage.contact_sheet import COLUMNS, THUMBNAIL_PX
-from md_assets_tests.end_to_end.conftest import SandboxCommands, read_output, wait_for
+from md_assets_tests.end_to_end.conftest import SandboxCommands, read_output, screenshot, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser, pytest.mark.timeout(420)]
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-
-SCREENSHOTS = os.environ.get("MD_ASSETS_SCREENSHOTS")
-"""Where to leave pictures for the docs; they are not kept otherwise."""
-
 RUN_TIMEOUT_MS = 180_000
-
-
-@pytest.fixture
-def page() -> Iterator[Page]:
-    if CHROMIUM is None:
-        if os.environ.get("CI"):
-            pytest.fail("chromium is missing; make system-packages installs it")
-        pytest.skip("chromium is missing; make system-packages, as root, installs it")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM,
-            args=["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"],
-        )
-        page = browser.new_page(viewport={"width": 1440, "height": 1000})
-        page.set_default_timeout(30_000)
-        yield page
-        browser.close()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture
@@ -68,11 +38,6 @@ def ui(commands: SandboxCommands) -> Iterator[str]:
     yield address
     process.send_signal(2)
     assert process.wait(60) == 0, read_output(process)
-
-
-def screenshot(page: Page, name: str) -> None:
-    if SCREENSHOTS:
-        page.screenshot(path=Path(SCREENSHOTS, f"{name}.png"))
 
 
 def test_a_range_of_partitions_is_materialized_from_the_ui(ui: str, page: Page, commands: SandboxCommands) -> None:
@@ -110,3 +75,11 @@ def test_a_range_of_partitions_is_materialized_from_the_ui(ui: str, page: Page, 
         page.get_by_text(check).first.click()
         expect(page.get_by_text("Passed").first).to_be_visible()
     screenshot(page, "raw-checks")
+
+    page.goto(f"{ui}/asset-groups")
+    for slug in MINIATURES:
+        expect(page.get_by_text(slug, exact=True).first).to_be_visible()
+    page.goto(f"{ui}/assets/jdb/raw")
+    expect(page.get_by_text("JourneyDB/JourneyDB").first).to_be_visible()
+    for what in ("dataset", "run", "stage"):
+        expect(page.get_by_text(f"Open {what} in editor")).to_be_visible()

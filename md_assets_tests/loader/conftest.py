@@ -14,5 +14,7 @@ def own_temporary_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     path.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(path))
     monkeypatch.setenv("TMPDIR", str(path))
+    gc.freeze()  # what was there before, torch above all, need not be looked through after every test
     yield path
     gc.collect()
+    gc.unfreeze()

@@ -13,6 +13,7 @@ from md_assets.definitions import defs
 from md_assets.orchestration.failures import (
     ATTEMPT_TAG,
     RUN_DIED,
+    WITHOUT_A_WORD,
     FailedArchive,
     all_failed,
     by_directory,
@@ -121,6 +122,16 @@ def test_archives_of_a_run_that_died_may_pass_and_know_their_attempt(instance: d
 
     started_run(instance, RAW, "train/001")
     assert failed(instance) == [(RAW, "train/000")]  # the other one is being tried again
+
+
+def test_a_run_that_was_found_dead_is_told_in_words_of_ours(instance: dg.DagsterInstance) -> None:
+    run = started_run(instance, RAW, "train/000")
+    instance.report_run_failed(run)
+
+    (found,) = all_failed(instance, SPEC)
+
+    assert (found.reason, found.transient) == (RUN_DIED, True)
+    assert found.why == f"jdb train/000: run {run.run_id[:8]} ended before it: {WITHOUT_A_WORD}"
 
 
 def test_what_a_person_has_canceled_is_not_tried_again_by_itself(instance: dg.DagsterInstance) -> None:

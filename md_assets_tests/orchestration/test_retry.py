@@ -191,8 +191,8 @@ def test_the_sensor_is_off_and_asks_for_the_job_when_something_is_due(
     first, again = (tick(instance).run_requests[0] for _ in range(2))
     assert first.run_config == {"ops": {"launch_retries": {"config": {"datasets": ["jdb"]}}}}
     assert first.run_key == again.run_key  # by which Dagster asks once, should the job be able to do nothing
-    die(instance, "train/001")
-    later_s += wait_s(1)
+    die(instance, "train/001")  # at `later_s`, for that is now every clock of this process
+    later_s += wait_s(1) + 1  # records keep microseconds, so the pause alone may be one too short
     assert tick(instance).run_requests[0].run_key != first.run_key
 
     instance.create_run_for_job(retry_job)

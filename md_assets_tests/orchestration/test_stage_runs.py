@@ -1,12 +1,17 @@
 """What a run of each asset does beyond calling its stage."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import dagster as dg
+import pytest
 
 from md_assets.core.verdict import CHECKS_OF_STAGE
 from md_assets.datasets.cc12m import SPEC as CC12M
 from md_assets.datasets.jdb import SPEC as JDB
 from md_assets.demo.journeydb import TEST_IMAGES
 from md_assets.demo.walkthrough import failure_of
+from md_assets.orchestration.failures import all_failed
 from md_assets.orchestration.resources import EncodersResource, HubResource
 from md_assets.storage.mds import iter_rows, read_index
 from md_assets_tests.orchestration.conftest import Platform
@@ -126,3 +131,50 @@ def test_what_jdb_has_beside_its_archives_is_one_asset(platform: Platform) -> No
     )
     assert platform.run("jdb/raw_test").success
     assert all(ledger is not None for ledger in (platform.ledger("raw", images), platform.ledger("raw", lines)))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def other_byte(path: Path) -> None:
+    """In the first picture, in front of what a decoder needs."""
+    data = bytearray(path.read_bytes())
+    data[data.index(b"\xff\xd8\xff")] = 0
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("stage", "follows", "check"), [("raw", "mds", "tar_intact"), ("mds", "latents", "shards_intact")]
+)
+@pytest.mark.parametrize(("spoil", "reason"), [(cut, "upstream_missing"), (other_byte, "upstream_damaged")])
+def test_damage_that_the_next_stage_meets_is_told_and_mended_where_it_lies(
+    platform: Platform, stage: str, follows: str, check: str, spoil: Callable[[Path], None], reason: str
+) -> None:
+    platform.up_to(stage, "train/000", "train/001")
+    data = platform.dir(stage).data("train/000")
+    file = data if data.is_file() else next(data.glob("*.mds"))
+    whole = file.read_bytes()
+    spoil(file)
+
+    assert not platform.run(f"jdb/{follows}", "train/000", "train/001").success
+
+    assert platform.materialized(f"jdb/{follows}") == {"train/001"}
+    failed = [
+        (one.asset.path[-1], one.archive, one.reason, one.transient) for one in all_failed(platform.instance, JDB)
+    ]
+    assert failed == [(stage, "train/000", check, True), (follows, "train/000", reason, False)]
+
+    for asset in (stage, follows):
+        assert platform.run(f"jdb/{asset}", "train/000").success
+    assert file.read_bytes() == whole
+    assert all_failed(platform.instance, JDB) == []
+
+
+def test_what_was_never_made_is_not_called_damaged(platform: Platform) -> None:
+    platform.up_to("raw", "train/000")
+
+    assert not platform.run("jdb/latents", "train/000").success
+
+    (failed,) = all_failed(platform.instance, JDB)
+    assert (failed.asset.path[-1], failed.reason) == ("latents", "upstream_missing")

@@ -212,8 +212,8 @@ def test_memory_that_is_not_enough_is_noted_and_costs_no_row(
     [
         (lambda p: p.mds_dir.ledger("train/000").unlink(), "upstream_missing", "mds is not published"),
         (lambda p: shutil.rmtree(p.mds_dir.data("train/000")), "upstream_missing", "Materialize jdb/mds"),
-        (lambda p: damage(p, "train/000", 0, 4), "damaged", "has 0 rows, its index says 5"),
-        (lambda p: damage(p, "train/000", 4000, 400), "damaged", "train/000/0001 cannot be decoded"),
+        (lambda p: damage(p, "train/000", 0, 4), "upstream_damaged", "has 0 rows, its index says 5"),
+        (lambda p: damage(p, "train/000", 4000, 400), "upstream_damaged", "train/000/0001 cannot be decoded"),
     ],
     ids=["no ledger", "no data", "shard header", "one jpeg"],
 )
@@ -221,7 +221,7 @@ def test_memory_that_is_not_enough_is_noted_and_costs_no_row(
 def test_a_damaged_archive_fails_alone(
     plan: LatentsPlan, spoil: Callable[[LatentsPlan], Any], reason: str, says: str, num_workers: int
 ) -> None:
-    if reason == "damaged" and says.endswith("decoded"):
+    if reason == "upstream_damaged" and says.endswith("decoded"):
         second = list(iter_rows(plan.mds_dir.data("train/000")))[1]["jpg"]
         at = (plan.mds_dir.data("train/000") / "shard.00000.mds").read_bytes().index(second)
         damage(plan, "train/000", at, len(second) // 2)

@@ -199,8 +199,8 @@ def _flip(path: Path, at: float = 0.5) -> None:
     [
         (lambda jdb: _unbalance(jdb, kept=1), "unbalanced", "12 read, 8 kept, 5 rejected"),
         (lambda jdb: _unbalance(jdb, kept=1, read=1), "unbalanced", "raw holds 7 samples, its ledger says 8"),
-        (lambda jdb: _flip(jdb.dir("raw").data("train/000")), "failed", "is not what its ledger says"),
-        (lambda jdb: _flip(jdb.dir("raw").data("train/000"), 0), "failed", "is not what its ledger says"),
+        (lambda jdb: _flip(jdb.dir("raw").data("train/000")), "upstream_damaged", "is not what its ledger says"),
+        (lambda jdb: _flip(jdb.dir("raw").data("train/000"), 0), "upstream_damaged", "is not what its ledger says"),
         (lambda jdb: jdb.dir("raw").data("train/000").write_bytes(b""), "upstream_missing", "raw is not published"),
         (lambda jdb: _flip(jdb.dir("annotations").data("train"), 1 - 1e-9), "failed", "caption index"),
         (lambda jdb: jdb.dir("annotations").data("train").unlink(), "upstream_missing", "are not indexed"),

@@ -80,7 +80,7 @@ def test_a_reduced_picture_lies_where_the_whole_one_lies(size: tuple[int, int]) 
 def test_memory_of_a_huge_jpeg_is_that_of_a_reduced_one() -> None:
     data = encoded(Image.new("RGB", (8200, 8200)), "JPEG")
     decoded = images.decode(data, Image.open(images.io.BytesIO(data)), (1024, 1024))
-    assert decoded.size == (1025, 1025) and len(decoded.pixels) == 1025 * 1025 * 3
+    assert decoded.picture.size == (1025, 1025)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])

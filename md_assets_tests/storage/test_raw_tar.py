@@ -145,7 +145,7 @@ def test_tar_itself_reads_it(tmp_path: Path) -> None:
 
 
 def assert_damage_is_found(path: Path, expected: OutputFile) -> None:
-    with pytest.raises(MdAssetsError, match=r"is not what its ledger says\. Delete the ledger"):
+    with pytest.raises(MdAssetsError, match=r"is not what its ledger says\. Materialize raw"):
         list(iter_raw_tar(path, expected))
 
 
