@@ -237,7 +237,8 @@ def _bench_captions(arguments: argparse.Namespace) -> int:
 
 
 def _bench_scale(arguments: argparse.Namespace) -> int:
-    from md_assets.bench.scale import measure_all, report, report_growth
+    from md_assets.bench.scale import measure_all
+    from md_assets.bench.scale_report import report, report_growth
 
     figures = []
     for one in measure_all(arguments.archives, arguments.storage, arguments.per_run, arguments.folder):

@@ -16,7 +16,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,40 @@ def _of_its_own() -> None:
     """In the child: it does not outlive this process, and takes SIGINT even if this process was told to ignore it."""
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def processor_s(pid: int, *, children: bool = True) -> float:
+    """Processor seconds of a running process so far, user and system.
+
+    Args:
+        children: whether to add those of all that it started, running or ended.
+    """
+    found = dict(_processes())
+
+    def whole_s(pid: int) -> float:
+        running = (child for child, process in found.items() if process.parent == pid)
+        return found[pid].own_s + found[pid].ended_s + sum(map(whole_s, running))
+
+    return whole_s(pid) if children else found[pid].own_s
+
+
+@dataclass(frozen=True)
+class _Process:
+    """Processor seconds of a process, and of those that it started and has waited for."""
+
+    parent: int
+    own_s: float
+    ended_s: float
+
+
+def _processes() -> Iterator[tuple[int, _Process]]:
+    """All that run, by their ID."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            # After the name in brackets, which may have spaces; see proc(5), fields 4 and 14 to 17.
+            fields = path.read_text().rpartition(")")[2].split()
+            user, system, ended_user, ended_system = (int(field) / os.sysconf("SC_CLK_TCK") for field in fields[11:15])
+            yield int(path.parent.name), _Process(int(fields[1]), user + system, ended_user + ended_system)
 
 
 def code_server(module: str, port: int) -> list[str]:

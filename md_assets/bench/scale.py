@@ -3,13 +3,15 @@
 A code server, the daemon and the webserver run as an installation runs them, on the committed `dagster.yaml`; so the
 daemon's own intervals (30 s between looks at a backfill, 5 s between looks at the queue) are part of what is measured.
 
-Here: the measurements and what they are held to. Not here: the assets (`bench.no_op_stages`), the services
-(`bench.dagster_services`), PostgreSQL (`bench.postgres_server`).
+Here: the measurements. Not here: how they are told (`bench.scale_report`), the assets (`bench.no_op_stages`), the
+services (`bench.dagster_services`), PostgreSQL (`bench.postgres_server`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
+import itertools
 import os
 import shutil
 import statistics
@@ -19,12 +21,22 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from md_assets.bench.dagster_services import Service, answers, ask, code_server, daemon, free_port, started, webserver
+from md_assets.bench.dagster_services import (
+    Service,
+    answers,
+    ask,
+    code_server,
+    daemon,
+    free_port,
+    processor_s,
+    started,
+    webserver,
+)
 from md_assets.bench.postgres_server import postgres_server
+from md_assets.bench.scale_report import Figures, Range
 from md_assets.core.errors import MdAssetsError, SettingsError
 from md_assets.core.paths import ARCHIVE_STAGES, DATA_ROOT_VARIABLE, DataRoot
 from md_assets.core.settings import ImageSettings, mds_settings
@@ -40,14 +52,13 @@ DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 
 LOCATION = "md_assets.bench.scale_location"
 
-PER_ARCHIVE_STAGE_LIMIT_S, GROWTH_LIMIT = 0.25, 1.2
-PASSED_OVER_LIMIT_MS, PARTITIONS_LIMIT_S, STATUS_LIMIT_S, TICK_LIMIT_S = 10.0, 2.0, 5.0, 30.0
-"""What the platform is held to, see `docs/benchmarks.md`."""
-
 POLL_S = 2.0
 
 TICKS = 2
 """Ticks of the audit that are measured, from the first archive on."""
+
+ARCHIVES_PASSED_OVER = 64
+"""In a run of a stage, whose archives are all published."""
 
 READS = 500
 """Archives that are passed over, evenly spread."""
@@ -66,57 +77,6 @@ query PartitionHealthQuery($assetKey: AssetKeyInput!) {
 }
 """
 """What an asset's page asks for its partitions (dagster-webserver 1.13), without what other kinds of them have."""
-
-
-@dataclass(frozen=True)
-class Range:
-    """Values of something that was measured several times."""
-
-    values: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.values)
-
-    @property
-    def worst(self) -> float:
-        return max(self.values)
-
-
-@dataclass(frozen=True)
-class Figures:
-    """One backfill, and what was measured on its result.
-
-    Attributes:
-        storage: see `STORAGES`.
-        archives: how many, each in three stages.
-        seconds: from launching the backfill to its end, merged indexes with it.
-        runs: of each asset, by the last part of its key.
-        run_s: of each stage, wall seconds of its runs from their start to their end.
-        memory_mib: service -> resident memory when the backfill began, when it ended, and the most of all time.
-        partitions_s: of the three stages' partition statuses together: the first time and the second.
-        status_s: of `md-assets status`, process and all.
-        ticks: of the audit: results stored, seconds.
-        passed_over_ms: stage -> of passing over one archive.
-        records_bytes: of Dagster's records; 0 where a server keeps them.
-    """
-
-    storage: str
-    archives: int
-    seconds: float
-    runs: Mapping[str, int]
-    run_s: Mapping[str, Range]
-    memory_mib: Mapping[str, tuple[float, float, float]]
-    partitions_s: tuple[float, float]
-    status_s: float
-    ticks: tuple[tuple[int, float], ...]
-    passed_over_ms: Mapping[str, Range]
-    records_bytes: int
-
-    @property
-    def per_archive_stage_s(self) -> float:
-        """Wall seconds for each archive and stage."""
-        return self.seconds / self.archives / len(ARCHIVE_STAGES)
 
 
 def measure_all(
@@ -186,7 +146,9 @@ def _measured(folder: Path, storage: str, spec: DatasetSpec, root: DataRoot) -> 
         services.append(start("daemon", daemon(code_port), lambda: a_daemon_runs(instance)))
         services.append(start("webserver", webserver(code_port, port), lambda: answers(port)))
         before = {service.name: service.memory().now_mib for service in services}
+        took_before = _processor_s(services)
         seconds, runs = _backfill(instance, spec, services)
+        took = {name: now - took_before[name] for name, now in _processor_s(services).items()}
         partitions_s = (_partitions_s(port, spec), _partitions_s(port, spec))
         memory = {service.name: service.memory() for service in services}
         by_asset: dict[str, list[dg.RunRecord]] = {}
@@ -199,11 +161,13 @@ def _measured(folder: Path, storage: str, spec: DatasetSpec, root: DataRoot) -> 
             seconds=seconds,
             runs={asset: len(records) for asset, records in by_asset.items()},
             run_s={stage: Range(tuple(map(_run_s, by_asset[stage]))) for stage in ARCHIVE_STAGES},
+            processor_s={name: s for name, s in took.items() if s},
             memory_mib={name: (before[name], now.now_mib, now.peak_mib) for name, now in memory.items()},
             partitions_s=partitions_s,
             status_s=_status_s(spec),
             ticks=tuple(audit_ticks(instance, spec, root, TICKS)),
             passed_over_ms=passed_over_ms(spec, root),
+            passed_over_in_run_ms=passed_over_in_run_ms(instance, spec),
             records_bytes=sum(path.stat().st_size for path in root.path.with_name("dagster_home").rglob("*.db*")),
         )
 
@@ -239,6 +203,16 @@ def _backfill(instance: dg.DagsterInstance, spec: DatasetSpec, services: Sequenc
     assert backfill.backfill_end_timestamp is not None
     runs = instance.get_run_records(dg.RunsFilter(tags={BACKFILL_ID_TAG: backfill_id}))
     return backfill.backfill_end_timestamp - backfill.backfill_timestamp, list(runs)
+
+
+def _processor_s(services: Sequence[Service]) -> dict[str, float]:
+    """Processor seconds of all that this process has started: runs, which the code server starts, each service, and
+    PostgreSQL where there is one."""
+    whole = {service.name: processor_s(service.process.pid) for service in services}
+    own = processor_s(services[0].process.pid, children=False)
+    everything = processor_s(os.getpid()) - processor_s(os.getpid(), children=False)
+    runs = {"runs": whole[services[0].name] - own}
+    return {**runs, **whole, services[0].name: own, "PostgreSQL": everything - sum(whole.values())}
 
 
 def _partitions_s(port: int, spec: DatasetSpec) -> float:
@@ -339,42 +313,31 @@ def passed_over_ms(spec: DatasetSpec, root: DataRoot) -> dict[str, Range]:
     return found
 
 
-def report(figures: Figures) -> str:
-    """What was measured, in lines, each with what it is held to."""
-    f = figures
-    memory = ", ".join(f"{name} {a:.0f} → {b:.0f} (most {c:.0f})" for name, (a, b, c) in f.memory_mib.items())
-    runs = ", ".join(f"{asset} {count}" for asset, count in f.runs.items())
-    stages = ", ".join(
-        f"{stage} {f.run_s[stage].median:.1f} s ({sum(f.run_s[stage].values) / f.archives:.3f} s for each archive)"
-        for stage in ARCHIVE_STAGES
-    )
-    passed = ", ".join(f"{stage} {ms.median:.1f} (worst {ms.worst:.1f})" for stage, ms in f.passed_over_ms.items())
-    ticks = ", ".join(f"{results} results in {seconds:.1f} s" for results, seconds in f.ticks)
-    lines = [
-        f"{f.archives:,} archives, {f.storage}: backfill of three stages in {f.seconds:,.0f} s, "
-        f"{f.per_archive_stage_s:.3f} s for each archive and stage (limit {PER_ARCHIVE_STAGE_LIMIT_S})",
-        f"runs: {runs}; medians from start to end: {stages}",
-        f"memory, MiB: {memory}",
-        f"partition statuses of three assets: {f.partitions_s[0]:.2f} s, again {f.partitions_s[1]:.2f} s "
-        f"(limit {PARTITIONS_LIMIT_S:.0f}); md-assets status: {f.status_s:.1f} s (limit {STATUS_LIMIT_S:.0f})",
-        f"ticks of the audit: {ticks} (limit {TICK_LIMIT_S:.0f} s)",
-        f"passing over, ms: {passed} (limit {PASSED_OVER_LIMIT_MS:.0f})",
-    ]
-    return "\n  ".join(lines + ([f"Dagster's records: {f.records_bytes / 1e6:,.0f} MB"] if f.records_bytes else []))
+def passed_over_in_run_ms(instance: dg.DagsterInstance, spec: DatasetSpec) -> dict[str, Range]:
+    """Milliseconds from the record of one archive to that of the next, in a run of each stage in this process over
+    archives that are published, by stage.
 
+    Raises:
+        MdAssetsError: a run fails.
+    """
+    import dagster as dg
 
-def report_growth(figures: Sequence[Figures]) -> str:
-    """How the time for an archive and stage grows from the fewest archives of a storage to more, in lines."""
-    lines = []
-    for storage in dict.fromkeys(f.storage for f in figures):
-        first, *others = sorted((f for f in figures if f.storage == storage), key=lambda f: f.archives)
-        for more in others:
-            growth = more.per_archive_stage_s / first.per_archive_stage_s
-            lines.append(
-                f"{storage}, {more.archives:,} archives: {growth:.2f} times the time for each of {first.archives:,} "
-                f"(limit {GROWTH_LIMIT})"
-            )
-    return "\n".join(lines)
+    from md_assets.bench.no_op_stages import definitions
+
+    job = definitions(spec).resolve_implicit_global_asset_job_def()
+    first, last = spec.archives[0], spec.archives[:ARCHIVES_PASSED_OVER][-1]
+    tags = {"dagster/asset_partition_range_start": first, "dagster/asset_partition_range_end": last}
+    found: dict[str, Range] = {}
+    for stage in ARCHIVE_STAGES:
+        of_stage = job.get_subset(asset_selection={_key(spec, stage)})
+        with contextlib.redirect_stderr(io.StringIO()):
+            run = of_stage.execute_in_process(instance=instance, tags=tags, raise_on_error=False)
+        if not run.success:
+            raise MdAssetsError(f"a run over published archives of {stage} fails")
+        stored = instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION)
+        at_s = [entry.timestamp for entry in stored]
+        found[stage] = Range(tuple((b - a) * 1000 for a, b in itertools.pairwise(at_s)))
+    return found
 
 
 def _key(spec: DatasetSpec, name: str) -> dg.AssetKey:

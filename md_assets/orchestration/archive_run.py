@@ -25,6 +25,9 @@ from md_assets.stages.once import Outcome
 DATA_VERSION_TAG = "dagster/data_version"
 """`dagster._core.definitions.data_version.DATA_VERSION_TAG`, which Dagster does not export."""
 
+RECYCLE_S, MORE_CONNECTIONS = 600, 20
+"""Of one to PostgreSQL that stays open: seconds after which it is made anew, and how many may be opened beside it."""
+
 FAILED_SHOWN = 20
 """Failed archives that the failure's sentence names; its table has all of them."""
 
@@ -58,6 +61,7 @@ class ArchiveRun:
         self._results: list[dg.MaterializeResult] = []
         self.progress = ProgressLines(stage_dir.dataset, context.log.info)
         self.failures: list[ArchiveError] = []
+        keep_connection(context.instance)
 
     def each(self, archives: Sequence[str], work: Callable[[str], Outcome]) -> None:
         """Do `work` on each archive in order and record it."""
@@ -74,24 +78,34 @@ class ArchiveRun:
             outcome: what came of it.
             further: metadata beside those that its ledger gives.
         """
+        from md_assets.orchestration.sqlite_records import stored_together  # imports sqlalchemy, as runs do anyway
+
+        with stored_together(self._context.instance):
+            self._record(outcome, further or {})
+
+    def _record(self, outcome: Outcome, further: Mapping[str, dg.MetadataValue]) -> None:
         ledger = outcome.ledger
         self._done += 1
         self._passed_over += outcome.passed_over
-        metadata = {**archive_metadata(self._stage_dir, ledger, outcome.passed_over), **(further or {})}
+        alone = self._context.has_partition_key
+        pictures = alone or not outcome.passed_over  # or passing over 14,000 archives would store 0.2 GB of them again
+        facts = archive_metadata(self._stage_dir, ledger, outcome.passed_over, pictures=pictures)
+        metadata = {**facts, **further}
         tags = {DATA_VERSION_TAG: data_version(ledger.content_id), **made_of_tags(self._stage_dir, ledger)}
-        if self._context.has_partition_key:
+        if outcome.passed_over:
+            said = f"{self._name} {ledger.archive}: already published, passed over"
+        else:
+            said = f"{self._name} {ledger.archive}: {ledger.read:,} read, {ledger.kept:,} kept, "
+            said += f"{ledger.rejected_count:,} rejected in {ledger.seconds:.1f} s"
+        if alone:
             version = dg.DataVersion(tags[DATA_VERSION_TAG])
             self._results.append(dg.MaterializeResult(self._key, metadata=metadata, data_version=version, tags=tags))
-        else:
+            self._context.log.info(said)
+        else:  # its description is its line in the run's log: one event less to store for each archive
             self._context.log_event(
-                dg.AssetMaterialization(self._key, partition=ledger.archive, metadata=metadata, tags=tags)
-            )
-        if outcome.passed_over:
-            self._context.log.info(f"{self._name} {ledger.archive}: already published, passed over")
-        else:
-            self._context.log.info(
-                f"{self._name} {ledger.archive}: {ledger.read:,} read, {ledger.kept:,} kept, "
-                f"{ledger.rejected_count:,} rejected in {ledger.seconds:.1f} s"
+                dg.AssetMaterialization(
+                    self._key, description=said, partition=ledger.archive, metadata=metadata, tags=tags
+                )
             )
         checks = evaluate(self._key, self._stage_dir, self._upstream, ledger.archive, read_all=not outcome.passed_over)
         for evaluation in checks:
@@ -135,6 +149,12 @@ class ArchiveRun:
             },
             allow_retries=any(error.transient for error in self.failures),
         )
+
+
+def keep_connection(instance: dg.DagsterInstance) -> None:
+    """Have this process keep a connection to PostgreSQL instead of making up to five for each event that it stores;
+    with SQLite do nothing. Dagster has that for its webserver; statements may take as long as they do elsewhere."""
+    instance.optimize_for_webserver(statement_timeout=0, pool_recycle=RECYCLE_S, max_overflow=MORE_CONNECTIONS)
 
 
 def data_version(content_id: str) -> str:

@@ -22,13 +22,16 @@ KEYS_SHOWN = 5
 SHEET_IMAGES = 16
 
 
-def archive_metadata(stage_dir: StageDir, ledger: Ledger, passed_over: bool) -> dict[str, dg.MetadataValue]:
+def archive_metadata(
+    stage_dir: StageDir, ledger: Ledger, passed_over: bool, *, pictures: bool = True
+) -> dict[str, dg.MetadataValue]:
     """The metadata of one published archive.
 
     Args:
         stage_dir: where it is published.
         ledger: what happened to its samples.
         passed_over: whether it had been published before this run.
+        pictures: whether to make a contact sheet, which takes longer than everything else and up to 14 KB.
     """
     metadata: dict[str, Any] = {
         "read": ledger.read,
@@ -37,7 +40,7 @@ def archive_metadata(stage_dir: StageDir, ledger: Ledger, passed_over: bool) -> 
     }
     if ledger.rejected:
         metadata["rejected_by_reason"] = dg.MetadataValue.md(rejects_table(ledger.rejected))
-    if sheet := _contact_sheet(stage_dir, ledger):
+    if pictures and (sheet := _contact_sheet(stage_dir, ledger)):
         metadata["contact_sheet"] = dg.MetadataValue.md(f"![samples of {ledger.archive}]({sheet})")
     metadata |= {
         "seconds": ledger.seconds,

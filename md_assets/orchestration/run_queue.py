@@ -3,7 +3,8 @@
 Dagster limits runs by their tags, and runs of a backfill from the UI or of automation have none of their dataset. So
 `dagster.yaml` names this coordinator.
 
-Here: tags of queued runs. Not here: limits, which are in `deploy/dagster.yaml`.
+Here: tags of queued runs, and that who queues them keeps its connection. Not here: limits, which are in
+`deploy/dagster.yaml`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from dagster._core.run_coordinator.queued_run_coordinator import QueuedRunCoordi
 from dagster._core.storage.tags import PRIORITY_TAG
 from dagster._serdes import ConfigurableClassData
 
+from md_assets.orchestration.archive_run import keep_connection
 from md_assets.orchestration.backfills import DATASET_TAG
 
 
@@ -42,6 +44,11 @@ class DatasetRunCoordinator(QueuedRunCoordinator):
         cls, inst_data: ConfigurableClassData, config_value: Mapping[str, Any]
     ) -> "DatasetRunCoordinator":
         return cls(inst_data=inst_data, **config_value)
+
+    def register_instance(self, instance: dg.DagsterInstance) -> None:
+        """Once in each process that queues runs: to create one stores an event for each of its archives."""
+        super().register_instance(instance)
+        keep_connection(instance)
 
     def submit_run(self, context: SubmitRunContext) -> dg.DagsterRun:
         """Tag the run, then queue it."""

@@ -7,6 +7,8 @@ is shown (`orchestration.metadata`).
 from __future__ import annotations
 
 import base64
+import bisect
+import functools
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -78,11 +80,13 @@ def _sheet(thumbnails: Sequence[Image.Image]) -> str | None:
     sheet = Image.new("RGB", (columns * THUMBNAIL_PX, rows * THUMBNAIL_PX), "white")
     for number, thumbnail in enumerate(thumbnails):
         sheet.paste(thumbnail, (number % COLUMNS * THUMBNAIL_PX, number // COLUMNS * THUMBNAIL_PX))
-    uri = ""
-    for quality in _QUALITIES:
+
+    @functools.cache
+    def uri(quality: int) -> str:
         encoded = io.BytesIO()
         sheet.save(encoded, "JPEG", quality=quality, optimize=True)
-        uri = f"data:image/jpeg;base64,{base64.b64encode(encoded.getvalue()).decode()}"
-        if len(uri) <= MAX_URI_BYTES:
-            break
-    return uri
+        return f"data:image/jpeg;base64,{base64.b64encode(encoded.getvalue()).decode()}"
+
+    # Sizes fall with the quality, so that the first one that fits is found by halving.
+    first = bisect.bisect_left(_QUALITIES, True, key=lambda quality: len(uri(quality)) <= MAX_URI_BYTES)
+    return uri(_QUALITIES[min(first, len(_QUALITIES) - 1)])

@@ -44,6 +44,8 @@ def test_a_range_is_recorded_archive_by_archive(platform: Platform) -> None:
         assert metadata["images_per_s"].value > 0
         assert "data:image/jpeg;base64," in metadata["contact_sheet"].value
         assert len(metadata["contact_sheet"].value) < 16_000
+        said = f"jdb/raw {event.partition}: {SAMPLES} read, {SAMPLES - rejected} kept, {rejected} rejected in "
+        assert event.message.startswith(said)  # its line in the run's log
 
 
 def test_checks_are_stored_by_partition(platform: Platform) -> None:
@@ -91,6 +93,9 @@ def test_a_truncated_archive_fails_alone_and_is_all_that_is_done_again(platform:
         e.partition: e.step_materialization_data.materialization.metadata["passed_over"].value for e in recorded
     }
     assert passed_over == {"train/000": False, "train/001": True}
+    assert recorded[1].message == "jdb/raw train/001: already published, passed over"
+    pictures = ["contact_sheet" in e.step_materialization_data.materialization.metadata for e in recorded]
+    assert pictures == [True, False]  # that of train/001 is with the event of when it was made
     assert platform.dir("raw").data("train/001").stat().st_mtime_ns == untouched
 
 

@@ -25,6 +25,8 @@ def test_every_stage_has_a_picture_and_the_numbers_of_its_ledger(platform: Platf
         assert ("rejected_by_reason" in metadata) == bool(ledger.rejected)
         assert metadata["contact_sheet"].md_str.startswith("![samples of train/000](data:image/jpeg;base64,")
         assert len(metadata["contact_sheet"].md_str) < 16_000
+        bare = archive_metadata(platform.dir(stage), ledger, passed_over=False, pictures=False)
+        assert metadata.keys() - bare.keys() == {"contact_sheet"}
         assert metadata["fingerprint"].text == ledger.fingerprint
         assert metadata["ledger"].path == str(platform.dir(stage).ledger("train/000"))
 

@@ -1,22 +1,29 @@
 """Runs in the queue carry their dataset, and the committed instances load with the limits that they promise."""
 
+import contextlib
+import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pytest
+import sqlalchemy
 import yaml
 from dagster._core.remote_origin import RegisteredCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
 from dagster._core.run_coordinator import SubmitRunContext
 from dagster._core.storage.tags import PRIORITY_TAG
 from dagster._utils.tags import TagConcurrencyLimitsCounter
 
+from md_assets.bench.postgres_server import postgres_server
+from md_assets.core.errors import SettingsError
 from md_assets.datasets import all_specs
 from md_assets.definitions import defs
 from md_assets.orchestration.backfills import DATASET_TAG
 from md_assets.orchestration.run_queue import DatasetRunCoordinator
+from md_assets.orchestration.sqlite_records import SqliteRecords
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEPLOY = REPOSITORY / "deploy" / "dagster.yaml"
@@ -28,6 +35,12 @@ ORIGIN = RemoteJobOrigin(
     ),
     job_name="job",
 )
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the committed instances keep their records."""
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
 
 
 @pytest.fixture
@@ -113,9 +126,43 @@ def test_the_instance_on_postgresql_differs_in_its_storage_only() -> None:
     sqlite, postgres = (
         yaml.safe_load(path.read_text()) for path in (DEPLOY, DEPLOY.with_name("dagster.postgres.yaml"))
     )
-    storage = postgres.pop("storage")
-    assert postgres == sqlite
+    storage, own = postgres.pop("storage"), sqlite.pop("storage")
+    assert postgres == sqlite and own["custom"]["class"] == SqliteRecords.__name__
     settings = storage["postgres"]["postgres_db"]
     assert settings.pop("scheme") == "postgresql+psycopg2"
     assert all(value == {"env": value["env"]} for value in settings.values()), "no credentials in the file"
     assert set(settings) == {"hostname", "port", "db_name", "username", "password"}
+
+
+@pytest.mark.slow
+@pytest.mark.postgres
+def test_who_queues_runs_on_postgresql_keeps_its_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copyfile(DEPLOY.with_name("dagster.postgres.yaml"), tmp_path / "dagster.yaml")
+    with contextlib.ExitStack() as stack:
+        try:
+            variables = stack.enter_context(postgres_server(durable=False))
+        except SettingsError as error:
+            (pytest.fail if os.environ.get("CI") else pytest.skip)(str(error))
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        instance = stack.enter_context(dg.DagsterInstance.get())
+
+        def sessions() -> int:
+            """How many the server has seen, this one too."""
+            with instance.event_log_storage.index_connection() as connection:  # type: ignore[attr-defined]
+                connection.execute(sqlalchemy.text("select pg_stat_clear_snapshot()"))
+                return int(connection.execute(sqlalchemy.text("select sum(sessions) from pg_stat_database")).scalar())
+
+        def stored(events: int) -> int:
+            """Sessions that it takes to store so many."""
+            before = sessions()
+            for number in range(events):
+                instance.report_runless_asset_event(dg.AssetMaterialization("an_asset", partition=str(number)))
+            time.sleep(2)  # a session's statistics are flushed once a second
+            return sessions() - before
+
+        assert stored(20) >= 20
+        assert queued(instance, "jdb/mds").tags[DATASET_TAG] == "jdb"
+        stored(1)
+        assert stored(20) <= 5
+        assert len(instance.get_materialized_partitions(dg.AssetKey("an_asset"))) == 20

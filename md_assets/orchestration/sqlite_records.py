@@ -1,0 +1,165 @@
+"""Dagster's records in SQLite, through connections that stay open and with one commit for what belongs together.
+
+Dagster's own storage opens and closes a connection for each of the one to four transactions in which it stores an
+event, and asks the database for its tables each time: four fifths of what an archive cost a run (decisions/016). Files,
+tables and durability are Dagster's: an instance can change from one to the other at any time.
+
+Here: how events reach their files. Not here: which events there are, nor their files. `deploy/dagster.yaml` names this
+storage.
+"""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import dagster as dg
+from dagster._core.events.log import EventLogEntry
+from dagster._core.storage.event_log.polling_event_watcher import SqlPollingEventWatcher
+from dagster._core.storage.event_log.sqlite.sqlite_event_log import INDEX_SHARD_NAME, SqliteEventLogStorage
+from dagster._core.storage.sqlite_storage import DagsterSqliteStorage
+from dagster._serdes import ConfigurableClassData
+from sqlalchemy import Connection, Engine, create_engine
+from sqlalchemy.pool import QueuePool
+
+BUSY_S = 60.0
+"""So long a connection waits for another process that writes."""
+
+RUNS_OPEN = 8
+"""Logs of runs that stay open beside the index: a run has one, the daemon and the webserver come and go."""
+
+BATCH_VARIABLE, BATCH_EVENTS = "DAGSTER_EVENT_BATCH_SIZE", "1000"
+"""By this variable Dagster is told that the events of a run's creation, one for each archive, may go together."""
+
+
+class SqliteRecords(DagsterSqliteStorage):
+    """Dagster's SQLite storage, with an event log of `SqliteEvents`.
+
+    Args:
+        base_dir: as in Dagster's own; `$DAGSTER_HOME` has what was stored by that.
+    """
+
+    def __init__(self, base_dir: str, inst_data: ConfigurableClassData | None = None) -> None:
+        super().__init__(base_dir, inst_data)
+        os.environ.setdefault(BATCH_VARIABLE, BATCH_EVENTS)
+        self._event_log_storage = SqliteEvents(os.path.join(base_dir, "history", "runs", ""))  # noqa: PTH118 (as it does)
+
+    @classmethod
+    def from_config_value(cls, inst_data: ConfigurableClassData, config_value: Any) -> "SqliteRecords":
+        return cls.from_local(inst_data=inst_data, **config_value)
+
+
+def stored_together(instance: dg.DagsterInstance) -> AbstractContextManager[None]:
+    """What this thread stores in the block is stored at its end, as a whole, where the instance can do that; and not at
+    all if the block raises."""
+    events = instance.event_log_storage
+    return events.together() if isinstance(events, SqliteEvents) else nullcontext()
+
+
+class SqliteEvents(SqliteEventLogStorage):
+    """Dagster's event log in SQLite, whose connections stay open."""
+
+    def __init__(self, base_dir: str, inst_data: ConfigurableClassData | None = None) -> None:
+        self._engines: OrderedDict[str, Engine] = OrderedDict()
+        self._tables: set[str] = set()
+        self._watcher: SqlPollingEventWatcher | None = None
+        self._gathered = threading.local()
+        self._transaction: tuple[ExitStack, dict[str, Connection]] | None = None
+        super().__init__(base_dir, inst_data)
+        self._db_lock: Any = threading.RLock()  # one connection at a time, of one thread
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """See `stored_together`. Nothing is locked meanwhile: another thread that logs may hold what this one needs."""
+        if self._of_this_thread() is not None:
+            yield
+            return
+        events = self._gathered.events = list[EventLogEntry]()
+        try:
+            yield
+        finally:
+            self._gathered.events = None
+        self.store_event_batch(events)
+
+    def _of_this_thread(self) -> list[EventLogEntry] | None:
+        """Events that wait for the end of a block of `together`; None outside of one."""
+        return getattr(self._gathered, "events", None)
+
+    def store_event(self, event: EventLogEntry) -> None:
+        events = self._of_this_thread()
+        if events is None:
+            super().store_event(event)
+        else:
+            events.append(event)
+
+    def store_event_batch(self, events: Sequence[EventLogEntry]) -> None:
+        """Store all of them, with one commit for each file, or none."""
+        with self._db_lock, ExitStack() as stack:
+            self._transaction = stack, {}
+            stack.callback(setattr, self, "_transaction", None)
+            for event in events:
+                super().store_event(event)
+
+    @contextmanager
+    def _connect(self, shard: str) -> Iterator[Connection]:
+        with self._db_lock:
+            if self._transaction is None:
+                with self._engine(shard).connect() as connection, connection.begin():
+                    yield connection
+                return
+            stack, connections = self._transaction
+            if shard not in connections:
+                connections[shard] = stack.enter_context(self._engine(shard).connect())
+                stack.enter_context(connections[shard].begin())
+            yield connections[shard]
+
+    def _engine(self, shard: str) -> Engine:
+        engine = self._engines.pop(shard, None)
+        if engine is None:
+            engine = create_engine(
+                self.conn_string_for_shard(shard),
+                poolclass=QueuePool,
+                pool_size=1,
+                connect_args={"timeout": BUSY_S, "check_same_thread": False},
+            )
+        self._engines[shard] = engine
+        if shard not in self._initialized_dbs:
+            self._initdb(engine)
+            self._initialized_dbs.add(shard)
+        runs = [name for name in self._engines if name != INDEX_SHARD_NAME]
+        for name in runs[:-RUNS_OPEN]:
+            self._engines.pop(name).dispose()
+        return engine
+
+    def has_table(self, table_name: str) -> bool:
+        """Whether there is such a table, asked until there is."""
+        if table_name not in self._tables and super().has_table(table_name):
+            self._tables.add(table_name)
+        return table_name in self._tables
+
+    def _has_asset_key_col_on_connection(self, conn: Connection, column_name: str) -> bool:
+        column = f"asset_keys.{column_name}"
+        if column not in self._tables and super()._has_asset_key_col_on_connection(conn, column_name):
+            self._tables.add(column)
+        return column in self._tables
+
+    def watch(self, run_id: str, cursor: str | None, callback: Callable[..., Any]) -> None:
+        """Call back for each new event of a run. Dagster's own waits for changes of the file, which come late where a
+        connection stays open."""
+        if self._watcher is None:
+            self._watcher = SqlPollingEventWatcher(self)
+        self._watcher.watch_run(run_id, cursor, callback)
+
+    def end_watch(self, run_id: str, handler: Callable[..., Any]) -> None:
+        if self._watcher is not None:
+            self._watcher.unwatch_run(run_id, handler)
+
+    def dispose(self) -> None:
+        if self._watcher is not None:
+            self._watcher.close()
+        with self._db_lock:
+            while self._engines:
+                self._engines.popitem()[1].dispose()
+        super().dispose()
