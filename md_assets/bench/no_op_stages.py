@@ -29,7 +29,7 @@ from md_assets.orchestration.assets import ARCHIVES_PER_RUN, dataset_assets
 from md_assets.orchestration.audit import audit_sensor
 from md_assets.orchestration.resources import EncodersResource, HubResource, ImagesResource
 from md_assets.stages import once as once_module
-from md_assets.stages.latents import LatentsPlan
+from md_assets.stages.latents_plan import LatentsPlan
 from md_assets.stages.once import Made, Outcome
 from md_assets.storage.mds import ShardWriter, ledgered_files
 from md_assets.storage.publish import output_file, publish, scratch, with_files, workspace

@@ -279,7 +279,7 @@ def passed_over_ms(spec: DatasetSpec, root: DataRoot) -> dict[str, Range]:
     """
     from md_assets.bench.no_op_stages import NoHubResource
     from md_assets.orchestration.resources import EncodersResource
-    from md_assets.stages.latents import LatentsPlan
+    from md_assets.stages.latents_plan import LatentsPlan
     from md_assets.stages.mds import convert_archive
     from md_assets.stages.raw import fetch_archive
     from md_assets.storage.image_pool import ImagePool

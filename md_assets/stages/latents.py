@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from md_assets.encoders.bundle import Encoded, Encoders
     from md_assets.encoders.round_trip import RoundTrip
 
-__all__ = ["LatentsPlan", "Report", "encode_archives"]
-
 PROGRESS_INTERVAL_S = 5.0
 """A progress event of an archive comes at most this often."""
 
