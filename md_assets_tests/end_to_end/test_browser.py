@@ -81,5 +81,5 @@ def test_a_range_of_partitions_is_materialized_from_the_ui(ui: str, page: Page, 
         expect(page.get_by_text(slug, exact=True).first).to_be_visible()
     page.goto(f"{ui}/assets/jdb/raw")
     expect(page.get_by_text("JourneyDB/JourneyDB").first).to_be_visible()
-    for what in ("dataset", "run", "stage"):
-        expect(page.get_by_text(f"Open {what} in editor")).to_be_visible()
+    for module in ("datasets/jdb.py", "orchestration/stage_runs.py", "stages/raw.py"):
+        expect(page.locator(f'a[href*="/md_assets/{module}:"]')).to_be_visible()
