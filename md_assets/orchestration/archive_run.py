@@ -135,7 +135,7 @@ class ArchiveRun:
             self._context.log.info(summary)
             return self._results
         named = "; ".join(str(error) for error in self.failures[:FAILED_SHOWN])
-        rows = [f"| {e.archive} | {e.reason} | {e.what.replace('|', '/')} | {e.remedy} |" for e in self.failures]
+        rows = [f"| {e.archive} | {e.reason} | {_what(e).replace('|', '/')} | {e.remedy} |" for e in self.failures]
         raise dg.Failure(
             f"{len(self.failures)} of {self._done + len(self.failures)} archives failed. {named}",
             metadata={
@@ -155,6 +155,11 @@ def keep_connection(instance: dg.DagsterInstance) -> None:
     """Have this process keep a connection to PostgreSQL instead of making up to five for each event that it stores;
     with SQLite do nothing. Dagster has that for its webserver; statements may take as long as they do elsewhere."""
     instance.optimize_for_webserver(statement_timeout=0, pool_recycle=RECYCLE_S, max_overflow=MORE_CONNECTIONS)
+
+
+def _what(error: ArchiveError) -> str:
+    """What happened, without the archive, which has a column of its own."""
+    return error.what.removeprefix(f"{error.dataset} {error.archive}: ")
 
 
 def data_version(content_id: str) -> str:

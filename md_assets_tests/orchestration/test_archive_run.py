@@ -78,6 +78,9 @@ def test_a_truncated_archive_fails_alone_and_is_all_that_is_done_again(platform:
     message = failure_of(result)
     assert "1 of 2 archives failed" in message and "jdb train/000" in message and "cut off" in message
     assert "train/001" not in message
+    (failure,) = events(platform, result, dg.DagsterEventType.STEP_FAILURE)
+    *_, row = failure.step_failure_data.user_failure_data.metadata["failed_archives"].value.splitlines()
+    assert row.startswith("| train/000 | truncated | ") and "cut off" in row and "jdb" not in row
     assert platform.materialized("jdb/raw") == {"train/001"}
     assert platform.ledger("raw", "train/000") is None
     assert sorted(p.name for p in (platform.dir("raw").path / "train").iterdir()) == ["001.json", "001.tar"]
