@@ -280,9 +280,9 @@ def test_archives_are_dropped_from_an_index_and_the_rest_stays_as_it_is(stage_di
 
 def test_dropping_what_is_not_in_an_index_writes_nothing(stage_dir: StageDir) -> None:
     path = merge(stage_dir).path
-    before = path.stat()
+    before = path.stat().st_ino, path.stat().st_mtime_ns
     assert drop_from_index(stage_dir, "train", ["train/002"]) == 0
-    assert path.stat() == before
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == before
     assert drop_from_index(stage_dir, "valid", ["valid/000"]) == 0
     assert not stage_dir.index("valid").exists()
 
