@@ -26,11 +26,12 @@ from md_assets.core.paths import DataRoot, StageDir
 from md_assets.core.spec import DatasetSpec
 from md_assets.core.verdict import AUDITED, Verdict
 from md_assets.datasets import all_specs
-from md_assets.orchestration.archive_run import DATA_VERSION_TAG
+from md_assets.orchestration.archive_run import DATA_VERSION_TAG, keep_connection
 from md_assets.orchestration.failed_checks import audited_keys
 
-TICK_EVENTS = 512
-"""Materializations that a tick looks at; at the event log's pace of about 64 results a second they take half of it."""
+TICK_EVENTS = 1024
+"""Materializations that a tick looks at: mds and latents of 500 archives are 1,000. SQLite takes some 190 results a
+second (docs/benchmarks.md); where they are slower, `TICK_S` ends the tick."""
 
 TICK_S = 20.0
 """For so long a tick audits; Dagster ends one after 60 s."""
@@ -172,6 +173,7 @@ class Audit:
 
     def run(self) -> None:
         """Audit what is new, then hash what waits for it, until the time is up."""
+        keep_connection(self._instance)
         with ThreadPoolExecutor(THREADS) as threads:
             due = self._due(self.cursor.audited, TICK_EVENTS)
             for start in range(0, len(due), THREADS):
