@@ -26,7 +26,7 @@ from md_assets.core.paths import DataRoot, StageDir
 from md_assets.core.spec import DatasetSpec
 from md_assets.core.verdict import AUDITED, Verdict
 from md_assets.datasets import all_specs
-from md_assets.orchestration.archive_run import DATA_VERSION_TAG, keep_connection
+from md_assets.orchestration.archive_run import DATA_VERSION_TAG
 from md_assets.orchestration.failed_checks import audited_keys
 
 TICK_EVENTS = 1024
@@ -173,7 +173,6 @@ class Audit:
 
     def run(self) -> None:
         """Audit what is new, then hash what waits for it, until the time is up."""
-        keep_connection(self._instance)
         with ThreadPoolExecutor(THREADS) as threads:
             due = self._due(self.cursor.audited, TICK_EVENTS)
             for start in range(0, len(due), THREADS):
