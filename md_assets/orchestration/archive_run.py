@@ -20,13 +20,11 @@ from md_assets.core.paths import StageDir
 from md_assets.core.progress import ProgressLines
 from md_assets.orchestration.checks import evaluate
 from md_assets.orchestration.metadata import archive_metadata
+from md_assets.orchestration.records import keep_connection, stored_together
 from md_assets.stages.once import Outcome
 
 DATA_VERSION_TAG = "dagster/data_version"
 """`dagster._core.definitions.data_version.DATA_VERSION_TAG`, which Dagster does not export."""
-
-RECYCLE_S, MORE_CONNECTIONS = 600, 20
-"""Of one to PostgreSQL that stays open: seconds after which it is made anew, and how many may be opened beside it."""
 
 FAILED_SHOWN = 20
 """Failed archives that the failure's sentence names; its table has all of them."""
@@ -78,8 +76,6 @@ class ArchiveRun:
             outcome: what came of it.
             further: metadata beside those that its ledger gives.
         """
-        from md_assets.orchestration.sqlite_records import stored_together  # imports sqlalchemy, as runs do anyway
-
         with stored_together(self._context.instance):
             self._record(outcome, further or {})
 
@@ -149,12 +145,6 @@ class ArchiveRun:
             },
             allow_retries=any(error.transient for error in self.failures),
         )
-
-
-def keep_connection(instance: dg.DagsterInstance) -> None:
-    """Have this process keep a connection to PostgreSQL instead of making up to five for each event that it stores;
-    with SQLite do nothing. Dagster has that for its webserver; statements may take as long as they do elsewhere."""
-    instance.optimize_for_webserver(statement_timeout=0, pool_recycle=RECYCLE_S, max_overflow=MORE_CONNECTIONS)
 
 
 def _what(error: ArchiveError) -> str:

@@ -28,6 +28,7 @@ from md_assets.core.verdict import AUDITED, Verdict
 from md_assets.datasets import all_specs
 from md_assets.orchestration.archive_run import DATA_VERSION_TAG
 from md_assets.orchestration.failed_checks import audited_keys
+from md_assets.orchestration.records import kept_connection
 
 TICK_EVENTS = 1024
 """Materializations that a tick looks at: mds and latents of 500 archives are 1,000. SQLite takes some 190 results a
@@ -173,6 +174,10 @@ class Audit:
 
     def run(self) -> None:
         """Audit what is new, then hash what waits for it, until the time is up."""
+        with kept_connection(self._instance):
+            self._run()
+
+    def _run(self) -> None:
         with ThreadPoolExecutor(THREADS) as threads:
             due = self._due(self.cursor.audited, TICK_EVENTS)
             for start in range(0, len(due), THREADS):

@@ -16,8 +16,8 @@ from dagster._core.run_coordinator.queued_run_coordinator import QueuedRunCoordi
 from dagster._core.storage.tags import PRIORITY_TAG
 from dagster._serdes import ConfigurableClassData
 
-from md_assets.orchestration.archive_run import keep_connection
 from md_assets.orchestration.backfills import DATASET_TAG
+from md_assets.orchestration.records import keep_connection
 
 
 class DatasetRunCoordinator(QueuedRunCoordinator):

@@ -12,10 +12,9 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import dagster as dg
 from dagster._core.events.log import EventLogEntry
 from dagster._core.storage.event_log.polling_event_watcher import SqlPollingEventWatcher
 from dagster._core.storage.event_log.sqlite.sqlite_event_log import INDEX_SHARD_NAME, SqliteEventLogStorage
@@ -51,13 +50,6 @@ class SqliteRecords(DagsterSqliteStorage):
         return cls.from_local(inst_data=inst_data, **config_value)
 
 
-def stored_together(instance: dg.DagsterInstance) -> AbstractContextManager[None]:
-    """What this thread stores in the block is stored at its end, as a whole, where the instance can do that; and not at
-    all if the block raises."""
-    events = instance.event_log_storage
-    return events.together() if isinstance(events, SqliteEvents) else nullcontext()
-
-
 class SqliteEvents(SqliteEventLogStorage):
     """Dagster's event log in SQLite, whose connections stay open."""
 
@@ -72,7 +64,8 @@ class SqliteEvents(SqliteEventLogStorage):
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """See `stored_together`. Nothing is locked meanwhile: another thread that logs may hold what this one needs."""
+        """See `records.stored_together`. Nothing is locked meanwhile: another thread that logs may hold what this one
+        needs."""
         if self._of_this_thread() is not None:
             yield
             return

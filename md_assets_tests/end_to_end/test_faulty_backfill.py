@@ -53,7 +53,7 @@ DAMAGED = "train/049"
 """Whose mds shard is damaged on disk before it is encoded."""
 
 KILLED_AT = "train/050"
-"""At which the third run of raw, from 048 on, is killed."""
+"""At which the third run of raw, from 048 on, is killed; the second may still be running beside it."""
 
 NOT_COME_TO = frozenset(ARCHIVES[ARCHIVES.index(KILLED_AT) :])
 BROKEN = frozenset({ABSENT, TRUNCATED, CORRUPT})
@@ -161,13 +161,18 @@ def damage(platform: Platform, archive: str) -> None:
     shard.write_bytes(data[:start] + bytes(64) + data[start + 64 :])
 
 
+def raw_runs(platform: Platform) -> list[dg.DagsterRun]:
+    return [run for run in platform.instance.get_runs() if dg.AssetKey(["jdb", "raw"]) in (run.asset_selection or ())]
+
+
+def fetches(run: dg.DagsterRun, archive: str) -> bool:
+    first, last = (run.tags[f"dagster/asset_partition_range_{end}"] for end in ("start", "end"))
+    return SPEC.archives.index(first) <= SPEC.archives.index(archive) <= SPEC.archives.index(last)
+
+
 def kill_run_at(platform: Platform, archive: str) -> None:
     """kill -9 of the process of the run that fetches an archive."""
-    raw = dg.AssetKey(["jdb", "raw"])
-    running = platform.instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED]))
-    (run,) = (run for run in running if raw in (run.asset_selection or ()))
-    first, last = (run.tags[f"dagster/asset_partition_range_{end}"] for end in ("start", "end"))
-    assert SPEC.archives.index(first) < SPEC.archives.index(archive) < SPEC.archives.index(last)
+    (run,) = (run for run in raw_runs(platform) if fetches(run, archive))
     (pid,) = {
         int(str(event.engine_event_data.metadata["pid"].value))
         for entry in platform.instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ENGINE_EVENT)
@@ -228,8 +233,7 @@ def expect_failures(page: Page, platform: Platform) -> None:
     expect(page.get_by_text("jdb / latents", exact=True).first).to_be_visible()
     screenshot(page, "failed-backfill")
 
-    of_raw = [run for run in platform.instance.get_runs() if dg.AssetKey(["jdb", "raw"]) in (run.asset_selection or ())]
-    (run,) = [run for run in of_raw if run.tags["dagster/asset_partition_range_start"] == ARCHIVES[0]]
+    (run,) = (run for run in raw_runs(platform) if fetches(run, ARCHIVES[0]))
     page.goto(f"{platform.address}/runs/{run.run_id}")
     page.get_by_role("row", name="failed_archives").first.get_by_text("[Show Markdown]").click()
     for reason in ("not_found", "truncated"):

@@ -1,88 +1,48 @@
 """The committed instance on a real PostgreSQL: the backfill of `test_backfill` there, and the audit goes over it."""
 
 import os
-import pwd
 import shutil
-import socket
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import dagster as dg
 import pytest
 
+from md_assets.bench.postgres_server import postgres_server
+from md_assets.core.errors import SettingsError
 from md_assets.core.paths import ARCHIVE_STAGES
 from md_assets.core.verdict import AUDITED
 from md_assets.orchestration.backfills import DATASET_TAG, a_daemon_runs
+from md_assets.orchestration.records import kept_connection
 from md_assets_tests.end_to_end.conftest import REPOSITORY, SandboxCommands, read_output, wait_for
 from md_assets_tests.end_to_end.test_backfill import DAEMON, fail_then_mend
 
 pytestmark = [pytest.mark.slow, pytest.mark.postgres, pytest.mark.timeout(900)]
 
 
-def program(name: str) -> str:
-    """A program of PostgreSQL, which Debian keeps off the PATH."""
-    found = shutil.which(name) or next(map(str, Path("/usr/lib/postgresql").glob(f"*/bin/{name}")), None)
-    if found is None:
-        if os.environ.get("CI"):
-            pytest.fail("postgresql is missing; make system-packages installs it")
-        pytest.skip("postgresql is missing; make system-packages, as root, installs it")
-    return found
-
-
-def unprivileged() -> dict[str, Any]:
-    """Options of a process as somebody else than root, for whom PostgreSQL does not run."""
-    if os.getuid() != 0:
-        return {}
-    user = pwd.getpwnam("postgres" if "postgres" in (entry.pw_name for entry in pwd.getpwall()) else "nobody")
-    return {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-
-
-def is_open(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+PARTS = ("HOST", "PORT", "DATABASE", "USER", "PASSWORD")
 
 
 @pytest.fixture
-def postgres() -> Iterator[Mapping[str, str]]:
-    """The environment in which `deploy/dagster.postgres.yaml` finds a server with an empty database."""
-    initdb, server = program("initdb"), program("postgres")
-    as_user = unprivileged()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    folder = Path(tempfile.mkdtemp(prefix="md-assets-pg-"))  # below a folder that others than root may enter
+def postgres(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mapping[str, str]]:
+    """The environment in which `deploy/dagster.postgres.yaml` finds a server with an empty database; it is set."""
     try:
-        (folder / "password").write_text("of-the-test")
-        if as_user:
-            for path in (folder, folder / "password"):
-                os.chown(path, as_user["user"], as_user["group"])
-        made = [initdb, "-D", str(folder / "data"), "-U", "dagster", "--auth=scram-sha-256", "--no-sync", "-E", "UTF8"]
-        subprocess.run([*made, f"--pwfile={folder / 'password'}"], check=True, capture_output=True, cwd="/", **as_user)
-        options = {"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": folder, "fsync": "off"}
-        settings = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
-        with (folder / "log").open("w") as log:
-            command = [server, "-D", str(folder / "data"), *settings]
-            process = subprocess.Popen(command, stdout=log, stderr=log, cwd="/", **as_user)
-        try:
-            assert wait_for(lambda: is_open(int(port)) or process.poll() is not None, 60, pause_s=0.1)
-            assert process.poll() is None, (folder / "log").read_text()
-            yield {
-                "MD_ASSETS_POSTGRES_HOST": "127.0.0.1",
-                "MD_ASSETS_POSTGRES_PORT": port,
-                "MD_ASSETS_POSTGRES_DATABASE": "postgres",
-                "MD_ASSETS_POSTGRES_USER": "dagster",
-                "MD_ASSETS_POSTGRES_PASSWORD": "of-the-test",
-            }
-        finally:
-            process.send_signal(2)  # ends connections, then itself
-            process.wait(60)
-    finally:
-        shutil.rmtree(folder)
+        with postgres_server(durable=False) as environment:
+            for name, value in environment.items():
+                monkeypatch.setenv(name, value)
+            yield environment
+    except SettingsError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+
+
+def as_committed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make it the home of the committed instance."""
+    shutil.copyfile(REPOSITORY / "deploy" / "dagster.postgres.yaml", home / "dagster.yaml")
+    monkeypatch.setenv("DAGSTER_HOME", str(home))
 
 
 @pytest.fixture
@@ -90,11 +50,8 @@ def instance(
     postgres: Mapping[str, str], commands: SandboxCommands, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[dg.DagsterInstance]:
     """The committed instance, with a daemon, ended as a person ends it."""
-    home = commands.sandbox.dagster_home
-    shutil.copyfile(REPOSITORY / "deploy" / "dagster.postgres.yaml", home / "dagster.yaml")
     commands.sandbox_environment = {**commands.sandbox_environment, **postgres}
-    for name, value in {**postgres, "DAGSTER_HOME": str(home)}.items():
-        monkeypatch.setenv(name, value)
+    as_committed(commands.sandbox.dagster_home, monkeypatch)
     with dg.DagsterInstance.get() as instance:
         process = commands.start(sys.executable, "-c", DAEMON, "-m", "md_assets.definitions")
         assert wait_for(lambda: a_daemon_runs(instance) or process.poll() is not None, 120, pause_s=0.2)
@@ -125,3 +82,36 @@ def test_what_failed_is_mended_and_audited_on_postgresql(
     commands.finish(turn_on)
     # Of the indexes, which were merged twice, only the newer ones are audited.
     assert wait_for(lambda: audited() == {"SUCCEEDED": 6, "PLANNED": 2}, 180, pause_s=1), audited()
+
+
+def test_a_connection_is_kept_for_a_block_and_then_closed(
+    postgres: Mapping[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psycopg2
+
+    as_committed(tmp_path, monkeypatch)
+    host, port, database, user, password = (postgres[f"MD_ASSETS_POSTGRES_{part}"] for part in PARTS)
+    other = psycopg2.connect(host=host, port=port, dbname=database, user=user, password=password)
+    other.autocommit = True
+    cursor = other.cursor()
+
+    def processes() -> set[int]:
+        """Of the server, for connections beside the one that asks."""
+        of_clients = (
+            "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+        )
+        cursor.execute(of_clients)
+        return {pid for (pid,) in cursor.fetchall()}
+
+    raw = dg.AssetKey(["jdb", "raw"])
+    with dg.DagsterInstance.get() as instance:
+        seen: set[int] = set()
+        with kept_connection(instance):
+            for archive in ("a0", "a1", "a2"):
+                instance.report_runless_asset_event(dg.AssetMaterialization(raw, partition=archive))
+                seen |= processes()
+        assert len(seen) == 1
+        assert wait_for(lambda: not processes(), 10, pause_s=0.05)
+        assert instance.get_materialized_partitions(raw) == {"a0", "a1", "a2"}
+        assert wait_for(lambda: not processes(), 10, pause_s=0.05)
+    other.close()

@@ -15,7 +15,8 @@ import pytest
 import yaml
 from dagster._core.storage.event_log.sqlite.sqlite_event_log import SqliteEventLogStorage
 
-from md_assets.orchestration.sqlite_records import RUNS_OPEN, SqliteEvents, SqliteRecords, stored_together
+from md_assets.orchestration.records import stored_together
+from md_assets.orchestration.sqlite_records import RUNS_OPEN, SqliteEvents, SqliteRecords
 
 KEY = dg.AssetKey(["ds", "raw"])
 PARTITIONS = dg.StaticPartitionsDefinition([f"a{number}" for number in range(6)])
@@ -134,7 +135,7 @@ def test_another_thread_that_logs_is_not_held_up(home: Path) -> None:
 def test_a_killed_process_leaves_nothing_half_stored(home: Path) -> None:
     with opened(home) as instance:
         program = """import dagster as dg, sys, time
-from md_assets.orchestration.sqlite_records import stored_together
+from md_assets.orchestration.records import stored_together
 key = dg.AssetKey(["ds", "raw"])
 with dg.DagsterInstance.get() as instance:
     instance.report_runless_asset_event(dg.AssetMaterialization(key, partition="a0"))
