@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from md_assets.bench.postgres_server import postgres_server
+from md_assets.core.errors import SettingsError
 from md_assets.core.ledger import Ledger
 from md_assets.core.paths import DataRoot
 from md_assets.core.schema import MDS_COLUMNS
@@ -30,6 +33,19 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before torch is imported, here and in the processes that tests start: the suite runs in two processes, and torch's
 # threads wait for each other by spinning. With a thread for each core, tiny models take five times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@contextmanager
+def set_postgres_variables(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mapping[str, str]]:
+    """Set the environment in which `deploy/dagster.postgres.yaml` finds a server with an empty database."""
+    try:
+        with postgres_server(durable=False) as variables:
+            for name, value in variables.items():
+                monkeypatch.setenv(name, value)
+            yield variables
+    except SettingsError as error:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(str(error))
+
 
 Row = dict[str, Any]
 MdsRows = Callable[..., list[Row]]

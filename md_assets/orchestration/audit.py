@@ -28,7 +28,7 @@ from md_assets.core.verdict import AUDITED, Verdict
 from md_assets.datasets import all_specs
 from md_assets.orchestration.archive_run import DATA_VERSION_TAG
 from md_assets.orchestration.failed_checks import audited_keys
-from md_assets.orchestration.records import kept_connection
+from md_assets.orchestration.records import kept_connection, stored_together
 
 TICK_EVENTS = 1024
 """Materializations that a tick looks at: mds and latents of 500 archives are 1,000. SQLite takes some 190 results a
@@ -181,10 +181,11 @@ class Audit:
         with ThreadPoolExecutor(THREADS) as threads:
             due = self._due(self.cursor.audited, TICK_EVENTS)
             for start in range(0, len(due), THREADS):
-                for one, verdict in self._audited(due[start : start + THREADS], threads):
-                    if verdict is _LATER:
-                        return
-                    self._take(one, verdict)
+                with stored_together(self._instance):
+                    for one, verdict in self._audited(due[start : start + THREADS], threads):
+                        if verdict is _LATER:
+                            return
+                        self._take(one, verdict)
         while self._time_left(self._hash_s) and (waiting := self._due(self.cursor.hashed, THREADS)):
             for one in waiting:
                 if one.storage_id > self.cursor.audited or not self._hash_late(one):

@@ -1,26 +1,75 @@
-"""How Dagster's records are stored where many are: with one commit for what belongs together, or through a connection
-that stays open; whichever the instance's storage can do.
+"""How Dagster's records are stored where there are many: with one commit for what belongs together, through connections
+that stay open.
 
-Here: what runs, the queue and the audit ask for. Not here: the storage in SQLite (`orchestration.sqlite_records`),
-which this imports only when records are stored, for it imports sqlalchemy.
+Here: what runs, the queue and the audit ask for, and the gathering of events. Not here: the storages that it is for,
+which `deploy` names: `orchestration.sqlite_records` and `orchestration.postgres_records`.
 """
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import dagster as dg
+from dagster._core.events.log import EventLogEntry
+from dagster._core.storage.event_log.base import EventLogStorage
 
 RECYCLE_S, MORE_CONNECTIONS = 600, 20
 """Of one to PostgreSQL that stays open: seconds after which it is made anew, and how many may be opened beside it."""
 
 
+BATCH_VARIABLE, BATCH_EVENTS = "DAGSTER_EVENT_BATCH_SIZE", "1000"
+"""By this variable Dagster is told that the events of a run's creation, one for each archive, may go together."""
+
+
+class GatheredEvents(EventLogStorage):
+    """An event log that stores each event, or those that a thread has gathered, with one commit. To be mixed into a
+    storage, by a class that gives `_one_commit`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._gathered = threading.local()
+        super().__init__(*args, **kwargs)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """See `stored_together`. Nothing is locked meanwhile: another thread that logs may hold what this one needs."""
+        if self._of_this_thread() is not None:
+            yield
+            return
+        events = self._gathered.events = list[EventLogEntry]()
+        try:
+            yield
+        finally:
+            self._gathered.events = None
+        self.store_event_batch(events)
+
+    def store_event(self, event: EventLogEntry) -> None:
+        self.store_event_batch([event])
+
+    def store_event_batch(self, events: Sequence[EventLogEntry]) -> None:
+        """Store all of them, or none."""
+        gathered = self._of_this_thread()
+        if gathered is not None:
+            gathered.extend(events)
+            return
+        with self._one_commit():
+            for event in events:
+                super().store_event(event)  # type: ignore[safe-super]  # of the storage that this is mixed into
+
+    def _of_this_thread(self) -> list[EventLogEntry] | None:
+        """Events that wait for the end of a block of `together`; None outside of one."""
+        return getattr(self._gathered, "events", None)
+
+    def _one_commit(self) -> AbstractContextManager[None]:
+        """What this thread stores in the block is committed at its end; nothing of it if the block raises."""
+        raise NotImplementedError
+
+
 def stored_together(instance: dg.DagsterInstance) -> AbstractContextManager[None]:
     """What this thread stores in the block is stored at its end, as a whole, where the instance can do that; and not at
     all if the block raises."""
-    from md_assets.orchestration.sqlite_records import SqliteEvents
-
     events = instance.event_log_storage
-    return events.together() if isinstance(events, SqliteEvents) else nullcontext()
+    return events.together() if isinstance(events, GatheredEvents) else nullcontext()
 
 
 def keep_connection(instance: dg.DagsterInstance) -> None:

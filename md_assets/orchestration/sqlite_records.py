@@ -11,11 +11,10 @@ storage.
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from dagster._core.events.log import EventLogEntry
 from dagster._core.storage.event_log.polling_event_watcher import SqlPollingEventWatcher
 from dagster._core.storage.event_log.sqlite.sqlite_event_log import INDEX_SHARD_NAME, SqliteEventLogStorage
 from dagster._core.storage.sqlite_storage import DagsterSqliteStorage
@@ -23,14 +22,13 @@ from dagster._serdes import ConfigurableClassData
 from sqlalchemy import Connection, Engine, create_engine
 from sqlalchemy.pool import QueuePool
 
+from md_assets.orchestration.records import BATCH_EVENTS, BATCH_VARIABLE, GatheredEvents
+
 BUSY_S = 60.0
 """So long a connection waits for another process that writes."""
 
 RUNS_OPEN = 8
 """Logs of runs that stay open beside the index: a run has one, the daemon and the webserver come and go."""
-
-BATCH_VARIABLE, BATCH_EVENTS = "DAGSTER_EVENT_BATCH_SIZE", "1000"
-"""By this variable Dagster is told that the events of a run's creation, one for each archive, may go together."""
 
 
 class SqliteRecords(DagsterSqliteStorage):
@@ -50,50 +48,24 @@ class SqliteRecords(DagsterSqliteStorage):
         return cls.from_local(inst_data=inst_data, **config_value)
 
 
-class SqliteEvents(SqliteEventLogStorage):
+class SqliteEvents(GatheredEvents, SqliteEventLogStorage):
     """Dagster's event log in SQLite, whose connections stay open."""
 
     def __init__(self, base_dir: str, inst_data: ConfigurableClassData | None = None) -> None:
         self._engines: OrderedDict[str, Engine] = OrderedDict()
         self._tables: set[str] = set()
         self._watcher: SqlPollingEventWatcher | None = None
-        self._gathered = threading.local()
         self._transaction: tuple[ExitStack, dict[str, Connection]] | None = None
         super().__init__(base_dir, inst_data)
         self._db_lock: Any = threading.RLock()  # one connection at a time, of one thread
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """See `records.stored_together`. Nothing is locked meanwhile: another thread that logs may hold what this one
-        needs."""
-        if self._of_this_thread() is not None:
-            yield
-            return
-        events = self._gathered.events = list[EventLogEntry]()
-        try:
-            yield
-        finally:
-            self._gathered.events = None
-        self.store_event_batch(events)
-
-    def _of_this_thread(self) -> list[EventLogEntry] | None:
-        """Events that wait for the end of a block of `together`; None outside of one."""
-        return getattr(self._gathered, "events", None)
-
-    def store_event(self, event: EventLogEntry) -> None:
-        events = self._of_this_thread()
-        if events is None:
-            super().store_event(event)
-        else:
-            events.append(event)
-
-    def store_event_batch(self, events: Sequence[EventLogEntry]) -> None:
-        """Store all of them, with one commit for each file, or none."""
+    def _one_commit(self) -> Iterator[None]:
+        """One for each file."""
         with self._db_lock, ExitStack() as stack:
             self._transaction = stack, {}
             stack.callback(setattr, self, "_transaction", None)
-            for event in events:
-                super().store_event(event)
+            yield
 
     @contextmanager
     def _connect(self, shard: str) -> Iterator[Connection]:

@@ -1,6 +1,5 @@
 """The committed instance on a real PostgreSQL: the backfill of `test_backfill` there, and the audit goes over it."""
 
-import os
 import shutil
 import sys
 from collections import Counter
@@ -10,12 +9,11 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from md_assets.bench.postgres_server import postgres_server
-from md_assets.core.errors import SettingsError
 from md_assets.core.paths import ARCHIVE_STAGES
 from md_assets.core.verdict import AUDITED
 from md_assets.orchestration.backfills import DATASET_TAG, a_daemon_runs
 from md_assets.orchestration.records import kept_connection
+from md_assets_tests.conftest import set_postgres_variables
 from md_assets_tests.end_to_end.conftest import REPOSITORY, SandboxCommands, read_output, wait_for
 from md_assets_tests.end_to_end.test_backfill import DAEMON, fail_then_mend
 
@@ -28,15 +26,8 @@ PARTS = ("HOST", "PORT", "DATABASE", "USER", "PASSWORD")
 @pytest.fixture
 def postgres(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mapping[str, str]]:
     """The environment in which `deploy/dagster.postgres.yaml` finds a server with an empty database; it is set."""
-    try:
-        with postgres_server(durable=False) as environment:
-            for name, value in environment.items():
-                monkeypatch.setenv(name, value)
-            yield environment
-    except SettingsError as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(str(error))
+    with set_postgres_variables(monkeypatch) as variables:
+        yield variables
 
 
 def as_committed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,5 @@
 """Runs in the queue carry their dataset, and the committed instances load with the limits that they promise."""
 
-import contextlib
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -17,13 +15,13 @@ from dagster._core.run_coordinator import SubmitRunContext
 from dagster._core.storage.tags import PRIORITY_TAG
 from dagster._utils.tags import TagConcurrencyLimitsCounter
 
-from md_assets.bench.postgres_server import postgres_server
-from md_assets.core.errors import SettingsError
 from md_assets.datasets import all_specs
 from md_assets.definitions import defs
 from md_assets.orchestration.backfills import DATASET_TAG
+from md_assets.orchestration.postgres_records import PostgresRecords
 from md_assets.orchestration.run_queue import DatasetRunCoordinator
 from md_assets.orchestration.sqlite_records import SqliteRecords
+from md_assets_tests.conftest import set_postgres_variables
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEPLOY = REPOSITORY / "deploy" / "dagster.yaml"
@@ -127,8 +125,9 @@ def test_the_instance_on_postgresql_differs_in_its_storage_only() -> None:
         yaml.safe_load(path.read_text()) for path in (DEPLOY, DEPLOY.with_name("dagster.postgres.yaml"))
     )
     storage, own = postgres.pop("storage"), sqlite.pop("storage")
-    assert postgres == sqlite and own["custom"]["class"] == SqliteRecords.__name__
-    settings = storage["postgres"]["postgres_db"]
+    assert postgres == sqlite
+    assert own["custom"]["class"] == SqliteRecords.__name__ and storage["custom"]["class"] == PostgresRecords.__name__
+    settings = storage["custom"]["config"]["postgres_db"]
     assert settings.pop("scheme") == "postgresql+psycopg2"
     assert all(value == {"env": value["env"]} for value in settings.values()), "no credentials in the file"
     assert set(settings) == {"hostname", "port", "db_name", "username", "password"}
@@ -138,14 +137,7 @@ def test_the_instance_on_postgresql_differs_in_its_storage_only() -> None:
 @pytest.mark.postgres
 def test_who_queues_runs_on_postgresql_keeps_its_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copyfile(DEPLOY.with_name("dagster.postgres.yaml"), tmp_path / "dagster.yaml")
-    with contextlib.ExitStack() as stack:
-        try:
-            variables = stack.enter_context(postgres_server(durable=False))
-        except SettingsError as error:
-            (pytest.fail if os.environ.get("CI") else pytest.skip)(str(error))
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-        instance = stack.enter_context(dg.DagsterInstance.get())
+    with set_postgres_variables(monkeypatch), dg.DagsterInstance.get() as instance:
 
         def sessions() -> int:
             """How many the server has seen, this one too."""
