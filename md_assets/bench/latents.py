@@ -37,6 +37,7 @@ from md_assets.datasets import spec_of
 from md_assets.orchestration.latents_worker import keep_memory
 from md_assets.stages.latents import encode_archives
 from md_assets.stages.latents_plan import LatentsPlan
+from md_assets.storage.child_process import die_with_parent
 from md_assets.storage.mds import read_index
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def measure(conditions: Conditions, say: Callable[[str], None] = lambda line: No
     with (
         tempfile.TemporaryDirectory(prefix="md_assets-bench-") as folder,
         # in a process of its own: the memory of this one is managed as an encoding process's
-        ProcessPoolExecutor(1, mp_context=spawn) as reference,
+        ProcessPoolExecutor(1, spawn, die_with_parent) as reference,
     ):
         plan = _prepared(Path(folder), conditions)
         encoders = Encoders.load(plan.encoders, plan.device)

@@ -102,10 +102,10 @@ def test_a_bare_folder_is_the_same_model(vae: VaeEncoder, tiny_encoders) -> None
     assert torch.equal(bare.encode(images(1))[0], vae.encode(images(1))[0])
 
 
-def test_the_batch_does_not_move_a_sample(vae: VaeEncoder) -> None:
+def test_on_a_cpu_the_batch_does_not_move_a_bit_of_a_sample(vae: VaeEncoder) -> None:
     together = sampled(vae, images(5), noise(5))
     alone = torch.cat([sampled(vae, images(5)[i : i + 1], noise(5)[i : i + 1]) for i in range(5)])
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    assert torch.equal(together, alone)
 
 
 def test_bfloat16_is_near_float32(vae: VaeEncoder, tiny_encoders) -> None:
