@@ -231,6 +231,8 @@ def _archive_asset(
     """
     key, partitions_def = asset_key(spec, name or stage), archive_partitions(spec)
     subset = name.removeprefix(f"{stage}_")
+    per_run = (SUBSET_ARCHIVES_PER_RUN if subset else archives_per_run())[stage]
+    follows = follow_condition(spec, deps[0], at_once=per_run if stage == "latents" and not subset else 1)
     return dg.multi_asset(
         name=f"{spec.slug}__{name or stage}",
         specs=[
@@ -245,12 +247,12 @@ def _archive_asset(
                 metadata=metadata,
                 description=description,
                 skippable=True,
-                automation_condition=raw_condition(spec) if stage == "raw" else follow_condition(spec, deps[0]),
+                automation_condition=raw_condition(spec) if stage == "raw" else follows,
             )
         ],
         check_specs=check_specs(key, stage, partitions_def, subset),
         can_subset=True,  # makes the checks optional outputs: the body records them, archive by archive
-        backfill_policy=dg.BackfillPolicy.multi_run((SUBSET_ARCHIVES_PER_RUN if subset else archives_per_run())[stage]),
+        backfill_policy=dg.BackfillPolicy.multi_run(per_run),
         pool=pool,
         retry_policy=RETRIES,
     )(body)

@@ -189,6 +189,25 @@ class AtRest(_Stateless):
         return dg.AutomationResult(context, context.candidate_subset if at_rest else context.get_empty_subset())
 
 
+class Enough(_Stateless):
+    """Archives, where there are as many as a run takes.
+
+    A run that encodes loads its models first, which takes as long as some archives do: with as many runs as there are
+    ticks, a GPU would be busy with that for half of the time.
+    """
+
+    def __init__(self, archives: int) -> None:
+        self._archives = archives
+
+    @property
+    def name(self) -> str:
+        return f"{self._archives} archives or more are due"
+
+    def evaluate(self, context: dg.AutomationContext) -> dg.AutomationResult:
+        subset = context.candidate_subset
+        return dg.AutomationResult(context, subset if subset.size >= self._archives else context.get_empty_subset())
+
+
 class Unmerged(_Stateless):
     """True of a merged index where archives were made since that it does not have, or in another version."""
 
@@ -302,9 +321,16 @@ def raw_condition(spec: DatasetSpec) -> dg.AutomationCondition:
     return (Outdated(spec, "archive") | appeared) & Idle() & NotAsked()
 
 
-def follow_condition(spec: DatasetSpec, upstream: str) -> dg.AutomationCondition:
-    """A later stage, or a subset's: made of each archive of `upstream`, and again where that changed."""
-    return (dg.AutomationCondition.missing() | Outdated(spec, upstream)) & Ready() & Idle() & NotAsked()
+def follow_condition(spec: DatasetSpec, upstream: str, at_once: int = 1) -> dg.AutomationCondition:
+    """A later stage, or a subset's: made of each archive of `upstream`, and again where that changed.
+
+    Args:
+        at_once: archives that are waited for, as long as anything of raw or mds moves.
+    """
+    due = (dg.AutomationCondition.missing() | Outdated(spec, upstream)) & Ready() & Idle()
+    if at_once > 1:
+        due &= Enough(at_once) | AtRest([dg.AssetKey([spec.slug, name]) for name in ("raw", "mds")])
+    return due & NotAsked()
 
 
 def index_condition(spec: DatasetSpec, stage: str) -> dg.AutomationCondition:

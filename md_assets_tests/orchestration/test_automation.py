@@ -19,6 +19,7 @@ from md_assets.datasets.jdb import SPEC
 from md_assets.datasets.textcaps import SPEC as TEXTCAPS
 from md_assets.definitions import defs
 from md_assets.orchestration.archive_run import DATA_VERSION_TAG, made_of_tag
+from md_assets.orchestration.assets import archives_per_run
 from md_assets.orchestration.automation import ASK_AGAIN_S, automation_sensor
 
 ALL = SPEC.archives
@@ -253,9 +254,25 @@ def test_indexes_wait_until_nothing_before_them_moves(ticks: Ticks) -> None:
     ticks.made("raw", ALL[4:5])
     assert ticks.tick() == {"mds": {ALL[4]}}
     ticks.made("mds", ALL[4:5])
-    assert ticks.tick() == {"latents": {ALL[4]}}
+    assert ticks.tick() == {}
     ticks.instance.report_run_failed(running)
-    assert ticks.tick() == {"mds_index": {""}, "latents_index": {""}}  # of the four; the fifth's latents are asked for
+    assert ticks.tick() == {"latents": {ALL[4]}, "mds_index": {""}}
+    ticks.made("latents", ALL[4:5])
+    assert ticks.tick() == {"latents_index": {""}}
+
+
+def test_latents_wait_for_as_many_archives_as_a_run_takes_while_others_come(ticks: Ticks) -> None:
+    per_run = archives_per_run()["latents"]
+    half_done(ticks, per_run + 3, per_run, 1)  # so that one less waits than a run takes
+    running = ticks.started("raw", ALL[200], ALL[299])
+    assert ticks.tick() == {"mds": set(ALL[per_run : per_run + 3])}
+    ticks.made("mds", ALL[per_run : per_run + 1])
+    assert ticks.tick() == {"latents": set(ALL[1 : per_run + 1])}
+    ticks.made("latents", ALL[1 : per_run + 1])
+    ticks.made("mds", ALL[per_run + 1 : per_run + 3])
+    assert ticks.tick() == {}
+    ticks.instance.report_run_canceled(running)
+    assert ticks.tick()["latents"] == set(ALL[per_run + 1 : per_run + 3])
 
 
 def test_only_an_archive_that_appears_after_a_whole_observation_is_fetched(ticks: Ticks) -> None:
@@ -311,7 +328,7 @@ def requests(instance: dg.DagsterInstance, cursor: str | None = None) -> tuple[l
 
 def test_the_sensor_is_off_and_asks_for_many_archives_by_a_backfill(ticks: Ticks) -> None:
     assert automation_sensor.default_status is dg.DefaultSensorStatus.STOPPED
-    half_done(ticks, 40, 30, 20)
+    half_done(ticks, 120, 110, 20)
     (request,), cursor = requests(ticks.instance)
     # A backfill gives each run so many archives as its asset's policy says, and waits for what is upstream.
     subset = request.asset_graph_subset
@@ -319,7 +336,7 @@ def test_the_sensor_is_off_and_asks_for_many_archives_by_a_backfill(ticks: Ticks
     partitions = {
         key.path[-1]: set(of.get_partition_keys()) for key, of in subset.partitions_subsets_by_asset_key.items()
     }
-    assert partitions == {"mds": set(ALL[30:40]), "latents": set(ALL[20:30])}
+    assert partitions == {"mds": set(ALL[110:120]), "latents": set(ALL[20:110])}
     _submit_backfill_request("asked", request, ticks.instance)
     assert requests(ticks.instance, cursor)[0] == []
 
