@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from md_assets.core.errors import ArchiveError, DamagedError
+from md_assets.core.errors import ArchiveError
 from md_assets.core.ledger import Ledger, Reason
 from md_assets.core.paths import DataRoot
 from md_assets.core.progress import Progress, ReportProgress, silent
@@ -206,7 +206,11 @@ def _write_shards(
             )
             report(Progress(archive, "converts", read, raw.kept, "images", read))
     if read != raw.kept:
-        raise DamagedError(
-            f"raw holds {read} samples, its ledger says {raw.kept}", f"Materialize {spec.slug}/raw of it again"
+        raise ArchiveError(
+            spec.slug,
+            archive,
+            f"raw holds {read} samples, its ledger says {raw.kept}",
+            f"Delete the ledger and materialize {spec.slug}/raw of it again",
+            reason="unbalanced",
         )
     return writer.row_count, dict(rejected), seen

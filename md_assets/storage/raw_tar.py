@@ -127,20 +127,10 @@ def iter_raw_tar(path: Path, expected: OutputFile) -> Iterator[RawSample]:
         raise damaged
 
 
-def sample_count(path: Path) -> int:
-    """How many samples a raw tar has; reads headers only."""
-    with tarfile.open(path, mode="r:") as tar:
-        return len(_images(tar))
-
-
 def spread_jpegs(path: Path, count: int) -> list[bytes]:
     """At most `count` images of a raw tar, spread evenly over it; reads headers and those images only."""
     with tarfile.open(path, mode="r:") as tar:
-        members = _images(tar)
+        members = [info for info in tar.getmembers() if info.name.endswith(".jpg")]
         count = min(count, len(members))
         chosen = [members[i * len(members) // count] for i in range(count)]
         return [content.read() for info in chosen if (content := tar.extractfile(info)) is not None]
-
-
-def _images(tar: tarfile.TarFile) -> list[tarfile.TarInfo]:
-    return [info for info in tar.getmembers() if info.name.endswith(".jpg")]

@@ -1,7 +1,6 @@
 """Dagster's records in our storages: the same as in Dagster's own, and what belongs together stored whole or not at
 all."""
 
-import inspect
 import os
 import signal
 import subprocess
@@ -15,11 +14,10 @@ from pathlib import Path
 import dagster as dg
 import pytest
 import yaml
-from dagster._core.execution import asset_backfill
 from dagster._core.storage.event_log.sqlite.sqlite_event_log import SqliteEventLogStorage
 from dagster_postgres import PostgresEventLogStorage
 
-from md_assets.orchestration.postgres_records import DELAY_S, DELAY_VARIABLE, PostgresEvents
+from md_assets.orchestration.postgres_records import PostgresEvents
 from md_assets.orchestration.records import stored_together
 from md_assets.orchestration.sqlite_records import SqliteEvents
 from md_assets_tests.conftest import set_postgres_variables
@@ -201,13 +199,3 @@ def test_whoever_watches_a_run_sees_what_another_process_stores(opened: Opened) 
             time.sleep(0.1)
         watching.event_log_storage.end_watch(run_id, take)
     assert "more" in seen and len(seen) > 10
-
-
-def test_the_daemon_waits_for_events_on_their_way_to_postgresql(
-    opened: Opened, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv(DELAY_VARIABLE, raising=False)
-    with opened() as instance:
-        ours = isinstance(instance.event_log_storage, PostgresEvents)
-        assert os.environ.get(DELAY_VARIABLE) == (DELAY_S if ours else None)
-    assert DELAY_VARIABLE in inspect.getsource(asset_backfill), "Dagster has another name for it"

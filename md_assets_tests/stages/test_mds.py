@@ -198,7 +198,7 @@ def _flip(path: Path, at: float = 0.5) -> None:
     ("spoil", "reason", "says"),
     [
         (lambda jdb: _unbalance(jdb, kept=1), "unbalanced", "12 read, 8 kept, 5 rejected"),
-        (lambda jdb: _unbalance(jdb, kept=1, read=1), "upstream_damaged", "raw holds 7 samples, its ledger says 8"),
+        (lambda jdb: _unbalance(jdb, kept=1, read=1), "unbalanced", "raw holds 7 samples, its ledger says 8"),
         (lambda jdb: _flip(jdb.dir("raw").data("train/000")), "upstream_damaged", "is not what its ledger says"),
         (lambda jdb: _flip(jdb.dir("raw").data("train/000"), 0), "upstream_damaged", "is not what its ledger says"),
         (lambda jdb: jdb.dir("raw").data("train/000").write_bytes(b""), "upstream_missing", "raw is not published"),
