@@ -232,7 +232,10 @@ def _archive_asset(
     key, partitions_def = asset_key(spec, name or stage), archive_partitions(spec)
     subset = name.removeprefix(f"{stage}_")
     per_run = (SUBSET_ARCHIVES_PER_RUN if subset else archives_per_run())[stage]
-    follows = follow_condition(spec, deps[0], at_once=per_run if stage == "latents" and not subset else 1)
+    if stage == "raw":
+        condition = raw_condition(spec)
+    else:
+        condition = follow_condition(spec, deps[0], at_once=per_run if stage == "latents" and not subset else 1)
     return dg.multi_asset(
         name=f"{spec.slug}__{name or stage}",
         specs=[
@@ -247,7 +250,7 @@ def _archive_asset(
                 metadata=metadata,
                 description=description,
                 skippable=True,
-                automation_condition=raw_condition(spec) if stage == "raw" else follows,
+                automation_condition=condition,
             )
         ],
         check_specs=check_specs(key, stage, partitions_def, subset),

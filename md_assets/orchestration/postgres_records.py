@@ -18,7 +18,7 @@ from dagster_postgres import DagsterPostgresStorage, PostgresEventLogStorage
 from dagster_postgres.utils import get_token_provider_from_config, pg_url_from_config
 from sqlalchemy import Connection
 
-from md_assets.orchestration.records import BATCH_EVENTS, BATCH_VARIABLE, GatheredEvents
+from md_assets.orchestration.records import GatheredEvents
 
 DELAY_VARIABLE, DELAY_S = "ASSET_BACKFILL_CURSOR_DELAY_TIME", "2"
 """By this variable Dagster's daemon is told how long, in whole seconds, events may be on their way. An event has its
@@ -35,7 +35,6 @@ class PostgresRecords(DagsterPostgresStorage):
 
     def __init__(self, postgres_url: str, should_autocreate_tables: bool = True, **more: Any) -> None:
         super().__init__(postgres_url, should_autocreate_tables, **more)
-        os.environ.setdefault(BATCH_VARIABLE, BATCH_EVENTS)
         os.environ.setdefault(DELAY_VARIABLE, DELAY_S)
         token_provider = more.get("token_provider")
         self._event_log_storage = PostgresEvents(postgres_url, should_autocreate_tables, token_provider=token_provider)

@@ -5,6 +5,7 @@ Here: what runs, the queue and the audit ask for, and the gathering of events. N
 which `deploy` names: `orchestration.sqlite_records` and `orchestration.postgres_records`.
 """
 
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,6 +18,8 @@ from dagster._core.storage.event_log.base import EventLogStorage
 RECYCLE_S, MORE_CONNECTIONS = 600, 20
 """Of one to PostgreSQL that stays open: seconds after which it is made anew, and how many may be opened beside it."""
 
+_ENGINE = "_engine"
+"""Of a storage in PostgreSQL (dagster-postgres 0.29), what makes its connections."""
 
 BATCH_VARIABLE, BATCH_EVENTS = "DAGSTER_EVENT_BATCH_SIZE", "1000"
 """By this variable Dagster is told that the events of a run's creation, one for each archive, may go together."""
@@ -28,6 +31,7 @@ class GatheredEvents(EventLogStorage):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._gathered = threading.local()
+        os.environ.setdefault(BATCH_VARIABLE, BATCH_EVENTS)
         super().__init__(*args, **kwargs)
 
     @contextmanager
@@ -98,7 +102,3 @@ def kept_connection(instance: dg.DagsterInstance) -> Iterator[None]:
             if kept is not engine:
                 setattr(storage, _ENGINE, engine)
                 kept.dispose()
-
-
-_ENGINE = "_engine"
-"""Of a storage in PostgreSQL (dagster-postgres 0.29), what makes its connections."""

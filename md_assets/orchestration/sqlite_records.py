@@ -22,7 +22,7 @@ from dagster._serdes import ConfigurableClassData
 from sqlalchemy import Connection, Engine, create_engine
 from sqlalchemy.pool import QueuePool
 
-from md_assets.orchestration.records import BATCH_EVENTS, BATCH_VARIABLE, GatheredEvents
+from md_assets.orchestration.records import GatheredEvents
 
 BUSY_S = 60.0
 """So long a connection waits for another process that writes."""
@@ -40,7 +40,6 @@ class SqliteRecords(DagsterSqliteStorage):
 
     def __init__(self, base_dir: str, inst_data: ConfigurableClassData | None = None) -> None:
         super().__init__(base_dir, inst_data)
-        os.environ.setdefault(BATCH_VARIABLE, BATCH_EVENTS)
         self._event_log_storage = SqliteEvents(os.path.join(base_dir, "history", "runs", ""))  # noqa: PTH118 (as it does)
 
     @classmethod
