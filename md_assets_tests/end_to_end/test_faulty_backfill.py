@@ -165,14 +165,16 @@ def raw_runs(platform: Platform) -> list[dg.DagsterRun]:
     return [run for run in platform.instance.get_runs() if dg.AssetKey(["jdb", "raw"]) in (run.asset_selection or ())]
 
 
-def fetches(run: dg.DagsterRun, archive: str) -> bool:
+def archives_of(run: dg.DagsterRun) -> tuple[str, ...]:
     first, last = (run.tags[f"dagster/asset_partition_range_{end}"] for end in ("start", "end"))
-    return SPEC.archives.index(first) <= SPEC.archives.index(archive) <= SPEC.archives.index(last)
+    return SPEC.archives[SPEC.archives.index(first) : SPEC.archives.index(last) + 1]
 
 
 def kill_run_at(platform: Platform, archive: str) -> None:
     """kill -9 of the process of the run that fetches an archive."""
-    (run,) = (run for run in raw_runs(platform) if fetches(run, archive))
+    (run,) = (run for run in raw_runs(platform) if archive in archives_of(run))
+    assert run.status is dg.DagsterRunStatus.STARTED
+    assert archive in archives_of(run)[1:-1]
     (pid,) = {
         int(str(event.engine_event_data.metadata["pid"].value))
         for entry in platform.instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ENGINE_EVENT)
@@ -233,7 +235,7 @@ def expect_failures(page: Page, platform: Platform) -> None:
     expect(page.get_by_text("jdb / latents", exact=True).first).to_be_visible()
     screenshot(page, "failed-backfill")
 
-    (run,) = (run for run in raw_runs(platform) if fetches(run, ARCHIVES[0]))
+    (run,) = (run for run in raw_runs(platform) if ARCHIVES[0] in archives_of(run))
     page.goto(f"{platform.address}/runs/{run.run_id}")
     page.get_by_role("row", name="failed_archives").first.get_by_text("[Show Markdown]").click()
     for reason in ("not_found", "truncated"):
