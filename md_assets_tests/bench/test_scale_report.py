@@ -12,7 +12,7 @@ def figures(storage: str, archives: int, seconds: float) -> Figures:
         run_s={"raw": Range((5.0, 7.0)), "mds": Range((1.0, 3.0, 2.0)), "latents": Range((4.0, 4.0))},
         processor_s={"runs": 9.0, "daemon": 3.0 * seconds / 60},
         memory_mib={"daemon": (150.0, 160.0, 170.0)},
-        partitions_s=(0.5, 0.25),
+        partitions_s={"raw": (0.5, 0.25), "mds": (0.75, 0.2), "latents": (0.6, 0.1)},
         status_s=1.5,
         ticks=((200, 6.0), (0, 0.5)),
         passed_over_ms={"raw": Range((1.0, 3.0, 2.0))},
@@ -28,7 +28,8 @@ def test_the_figures_in_lines() -> None:
     assert "raw 6.0 s (0.120 s for each archive), mds 2.0 s (0.060 s for each archive)" in text
     assert "processor time for each archive and stage: 40.0 ms: runs 30.0, daemon 10.0" in text
     assert "daemon 150 → 160 (most 170)" in text
-    assert "0.50 s, again 0.25 s (limit 2); md-assets status: 1.5 s (limit 5)" in text
+    assert "UI: raw 0.50 s, again 0.25, mds 0.75 s, again 0.20, latents 0.60 s, again 0.10 (limit 2)" in text
+    assert "md-assets status: 1.5 s (limit 5)" in text
     assert "200 results in 6.0 s, 0 results in 0.5 s (limit 30 s)" in text
     assert "raw 2.0 (worst 3.0) (limit 10); recorded by a run: raw 8.5 (worst 9.0)" in text
     assert text.endswith("Dagster's records: 5 MB")
