@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from md_assets.storage.child_process import end_with_parent
+
 if TYPE_CHECKING:
     from streaming import MDSWriter
 
@@ -34,6 +36,7 @@ def load() -> None:
     import torchvision  # noqa: F401
 
     torch.set_num_threads(1)
+    end_with_parent()
 
 
 def convert(dataset: str, archive: Path, work: Path) -> int:

@@ -9,7 +9,6 @@ import ctypes
 import multiprocessing
 import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -19,6 +18,7 @@ from types import TracebackType
 from md_assets.core.errors import MdAssetsError
 from md_assets.core.settings import ImageSettings
 from md_assets.core.spec import Rejected, Sample
+from md_assets.storage.child_process import end_with_parent
 from md_assets.storage.images import StoredImage, prepare_image
 
 Prepared = tuple[Sample, StoredImage] | Rejected
@@ -149,12 +149,7 @@ def _judged(sample: Sample, result: StoredImage | str) -> Prepared:
 
 
 def _start_worker() -> None:
-    """Make this worker end when the parent does, however that ends.
-
-    A worker waits for work on a queue of which it holds both ends, so it would outlive a killed parent for ever. Nor
-    does the fork server end: it lives as long as anyone whom it could serve, and its workers are among them.
-    """
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     _keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
 
@@ -169,10 +164,3 @@ def _keep_freed_memory() -> None:
     if mallopt is not None:  # another C library goes without
         mallopt(_M_TRIM_THRESHOLD, _KEPT_FREE_BYTES)
         mallopt(_M_MMAP_THRESHOLD, _KEPT_FREE_BYTES // 4)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # this is a worker
-    parent.join()
-    os._exit(1)

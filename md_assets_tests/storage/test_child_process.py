@@ -1,5 +1,6 @@
 """A child that asked to die with its parent does so, however the parent ends; one that did not lives on."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -24,6 +25,17 @@ print(child.pid, flush=True)
 time.sleep(60)
 """
 
+POOL = """
+import multiprocessing, os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from md_assets.storage.child_process import end_with_parent
+if __name__ == "__main__":
+    context = multiprocessing.get_context("forkserver")
+    pool = ProcessPoolExecutor(1, context, end_with_parent if sys.argv[1] == "bound" else None)
+    print(pool.submit(os.getpid).result(), flush=True)
+    time.sleep(60)
+"""
+
 
 def runs(pid: int) -> bool:
     try:
@@ -32,9 +44,12 @@ def runs(pid: int) -> bool:
         return False
 
 
+@pytest.mark.parametrize("parent_script", [PARENT, POOL], ids=["process", "worker of a fork server"])
 @pytest.mark.parametrize("binding", ["bound", "free"])
-def test_a_child_dies_with_a_killed_parent_if_it_asked_to(binding: str) -> None:
-    with subprocess.Popen([sys.executable, "-c", PARENT, binding], stdout=subprocess.PIPE, text=True) as parent:
+def test_a_child_dies_with_a_killed_parent_if_it_asked_to(tmp_path: Path, parent_script: str, binding: str) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(parent_script)
+    with subprocess.Popen([sys.executable, str(script), binding], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
         try:
@@ -46,5 +61,5 @@ def test_a_child_dies_with_a_killed_parent_if_it_asked_to(binding: str) -> None:
                 time.sleep(0.02)
             assert runs(child) == (binding == "free")
         finally:
-            if runs(child):
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
