@@ -8,9 +8,9 @@ Here: devices, dtypes, memory and the arrays of a row. Not here: the two models,
 from __future__ import annotations
 
 import os
-import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -38,24 +38,45 @@ _OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_ST
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+Name = TypeVar("Name")
+
+
+class Arriving(Generic[Name]):
+    """Tensors on their way from the device to memory, on a GPU to pinned memory.
+
+    They are copied at once: asked for later, the copies would queue up behind the next batch.
+    """
+
+    def __init__(self, tensors: Mapping[Name, torch.Tensor], device: torch.device) -> None:
+        self._tensors = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
+        self._arrived: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._arrived = torch.cuda.Event(blocking=True)
+            self._arrived.record(torch.cuda.current_stream(device))
+
+    def get(self) -> dict[Name, torch.Tensor]:
+        """The tensors; waits for the device."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._tensors
+
+
 @dataclass(frozen=True)
 class Encoded:
-    """A batch and its arrays, on their way from the device to pinned memory.
+    """A batch and its arrays, on their way from the device.
 
     Attributes:
         batch: what was encoded.
-        arrays: column -> one array per row (B×…), in the dtype that is stored.
-        finite_B: whether every number of a row's arrays is finite.
-        arrived: of a GPU: when arrays and `finite_B` may be read.
+        arriving: column -> one array per row (B×…), in the dtype that is stored.
+        finite: `finite_B`, whether every number of a row's arrays is finite.
         columns: of a row.
         trimmed: whether only a caption's own states are stored.
         rows_at_once: how many rows went through the models together, where the memory did not take all.
     """
 
     batch: Batch
-    arrays: dict[str, torch.Tensor]
-    finite_B: torch.Tensor
-    arrived: torch.cuda.Event | None
+    arriving: Arriving[str]
+    finite: Arriving[str]
     columns: tuple[str, ...]
     trimmed: bool
     rows_at_once: int | None
@@ -66,42 +87,42 @@ class Encoded:
 
     def not_finite(self) -> list[str]:
         """Keys of the rows with a NaN or an infinity; waits for the device."""
-        self._wait()
-        return [key for key, finite in zip(self.batch.key, self.finite_B.tolist(), strict=True) if not finite]
+        finite_B = self.finite.get()["finite_B"].tolist()
+        return [key for key, finite in zip(self.batch.key, finite_B, strict=True) if not finite]
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows as they are stored, see `core.schema.latents_columns`; waits for the device."""
-        kept, batch = self._kept(), self.batch
+        kept, batch, arrays = self._kept(), self.batch, self.arriving.get()
         values: dict[str, Any] = {column: getattr(batch, column, None) for column in self.columns}
-        values |= {column: array.numpy() for column, array in self.arrays.items()}
+        values |= {column: array.numpy() for column, array in arrays.items()}
         values[CAPTION_LENGTH_COLUMN] = lengths = batch.tokens.own_B.tolist()
         if self.trimmed:
             values[CAPTION_COLUMN] = [row[:own] for row, own in zip(values[CAPTION_COLUMN], lengths, strict=True)]
-        return [{c: values[c][i].tobytes() if c in self.arrays else values[c][i] for c in self.columns} for i in kept]
+        return [{c: values[c][i].tobytes() if c in arrays else values[c][i] for c in self.columns} for i in kept]
 
     def values(self) -> dict[str, npt.NDArray[np.float32]]:
         """The numbers of the rows that are stored, which float32 holds exactly: column -> B×…, captions with their
         padding; waits for the device."""
         kept = self._kept()  # and torch converts, in a tenth of the time that numpy takes
         whole = len(kept) == len(self.batch)
-        return {c: (array if whole else array[kept]).float().numpy() for c, array in self.arrays.items()}
+        arrays = self.arriving.get()
+        return {c: (array if whole else array[kept]).float().numpy() for c, array in arrays.items()}
 
     def caption_lengths(self) -> list[int]:
         """Of the rows that are stored, the leading positions that a reader takes for the caption's."""
-        lengths, length = self.batch.tokens.own_B.tolist(), self.arrays[CAPTION_COLUMN].shape[1]
+        lengths, length = self.batch.tokens.own_B.tolist(), self.arriving.get()[CAPTION_COLUMN].shape[1]
         return [lengths[i] if CAPTION_LENGTH_COLUMN in self.columns else length for i in self._kept()]
 
     def _kept(self) -> list[int]:
-        self._wait()
         return [i for i, fault in enumerate(self.batch.faults) if not fault]
-
-    def _wait(self) -> None:
-        if self.arrived is not None:
-            self.arrived.synchronize()
 
 
 class Encoders:
-    """The VAE and the text encoder of one process.
+    """The VAE and the text encoder of one process, to be run by the thread that loaded them.
+
+    Another thread that ran a model on the CPU, or any large operation of torch, would have threads of its own for that,
+    and libgomp no longer lets threads wait for each other awake once there are more of them than cores: all models of
+    the process are then a seventh to a third slower, for as long as that thread lives.
 
     Args:
         settings: what is computed and stored.
@@ -113,7 +134,6 @@ class Encoders:
 
     Attributes:
         rows_at_once: rows that go through the models together; None as long as the memory takes every batch.
-        models_lock: held by whoever runs a model; they keep state while they run.
         columns: of a row, with their MDS encodings.
     """
 
@@ -136,7 +156,6 @@ class Encoders:
             settings.image_resolutions, settings.save_images, text.masks_padding or self._trimmed
         )
         self.rows_at_once: int | None = None
-        self.models_lock = threading.Lock()
 
     @classmethod
     def load(cls, settings: EncoderSettings, device: str) -> Encoders:
@@ -170,18 +189,11 @@ class Encoders:
         Raises:
             SettingsError: not even one row fits.
         """
-        with self.models_lock:
-            arrays = self._arrays_in_parts(batch)
-            # after the cast: float16 turns what is above 65504 into infinity
-            finite_B = torch.stack([a.flatten(1).isfinite().all(1) for a in arrays.values()]).all(0)
-            # Copied at once: asked for later, the copies would queue up behind the next batch.
-            arrays = {column: array.to("cpu", non_blocking=True) for column, array in arrays.items()}
-            finite_B = finite_B.to("cpu", non_blocking=True)
-            arrived = None
-            if self.device.type == "cuda":
-                arrived = torch.cuda.Event(blocking=True)
-                arrived.record(torch.cuda.current_stream(self.device))
-        return Encoded(batch, arrays, finite_B, arrived, tuple(self.columns), self._trimmed, self.rows_at_once)
+        arrays = self._arrays_in_parts(batch)
+        # after the cast: float16 turns what is above 65504 into infinity
+        finite_B = torch.stack([a.flatten(1).isfinite().all(1) for a in arrays.values()]).all(0)
+        arriving, finite = Arriving(arrays, self.device), Arriving({"finite_B": finite_B}, self.device)
+        return Encoded(batch, arriving, finite, tuple(self.columns), self._trimmed, self.rows_at_once)
 
     def _arrays_in_parts(self, batch: Batch) -> dict[str, torch.Tensor]:
         while True:

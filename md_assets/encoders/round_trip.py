@@ -1,9 +1,9 @@
 """The round trip: stored latents decoded again, stored caption states computed again, for a few rows of an archive.
 
 It is made where the models are loaded anyway, from the bytes as they lie on disk, and it is what tells latents of the
-right image from finite numbers of the right shape.
+right image from finite numbers of the right shape. The thread of the models recomputes; comparing may be another's.
 
-Here: the numbers and the picture. Not here: which rows, and what is made of the numbers (`stages.latents`,
+Here: recomputing, the numbers and the picture. Not here: which rows, and what is made of the numbers (`stages.latents`,
 `stages.verify`).
 """
 
@@ -19,12 +19,29 @@ import torch
 
 from md_assets.core.schema import CAPTION_COLUMN, CAPTION_LENGTH_COLUMN, latents_column
 from md_assets.encoders.batches import crops_of
-from md_assets.encoders.bundle import Encoders, is_out_of_memory
+from md_assets.encoders.bundle import Arriving, Encoders, is_out_of_memory
 from md_assets.storage.contact_sheet import pictures_sheet
 from md_assets.storage.latent_arrays import restored
 
 MAX_PSNR_DB = 99.0
 """Said of equal pictures, whose PSNR is infinite; JSON has no word for that."""
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """What the models make of stored rows, on its way from the device.
+
+    Attributes:
+        stored: the rows.
+        images_BCHW: resolution in px -> decoded pictures, uint8.
+        hidden: `hidden_BLD`, the captions' states, float32.
+        complete: False where there was no room for it beside the batches that are on their way; nothing is there then.
+    """
+
+    stored: Sequence[Mapping[str, Any]]
+    images_BCHW: Arriving[int]
+    hidden: Arriving[str]
+    complete: bool = True
 
 
 @dataclass(frozen=True)
@@ -42,31 +59,55 @@ class RoundTrip:
     picture: str | None
 
 
-def round_trip(encoders: Encoders, stored: Sequence[Mapping[str, Any]], jpegs: Sequence[bytes]) -> RoundTrip:
-    """Decode a few rows and encode their captions again.
+def recompute(encoders: Encoders, stored: Sequence[Mapping[str, Any]]) -> Recomputed:
+    """Decode a few rows and encode their captions again; on a GPU this returns before the numbers are there.
 
     Args:
-        encoders: that made them.
+        encoders: that made them; see there which thread may call this.
         stored: rows of the latents.
-        jpegs: the image of each.
     """
-    if not stored:
-        return RoundTrip({}, None)
-    resolutions_px = encoders.settings.image_resolutions
-    keys = [row["key"] for row in stored]
-    crops = [crops_of(key, jpeg, resolutions_px) for key, jpeg in zip(keys, jpegs, strict=True)]
+    images_BCHW: dict[int, torch.Tensor] = {}
+    hidden: dict[str, torch.Tensor] = {}
+    complete = True
     try:
-        decoded, again_BLD = _back(encoders, stored)
+        if stored:
+            shapes, channels = encoders.layout()["image_latents"], encoders.vae.latent_channels
+            for px in encoders.settings.image_resolutions:
+                latents_BChw = _array(encoders, stored, latents_column(px)).reshape(len(stored), *shapes[str(px)])
+                images_BCHW[px] = encoders.vae.decode(latents_BChw[:, :channels])
+            tokens = encoders.text.tokenize([row["caption"] for row in stored])
+            hidden["hidden_BLD"] = encoders.text.encode(tokens).float()
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        return RoundTrip({"skipped": "out of memory"}, None)  # beside the batches that are on their way
+        images_BCHW, hidden, complete = {}, {}, False
+    return Recomputed(stored, Arriving(images_BCHW, encoders.device), Arriving(hidden, encoders.device), complete)
+
+
+def round_trip(encoders: Encoders, recomputed: Recomputed, jpegs: Sequence[bytes]) -> RoundTrip:
+    """Compare what was recomputed with what is stored, and with the images.
+
+    Args:
+        encoders: that made both.
+        recomputed: of stored rows.
+        jpegs: the image of each.
+    """
+    stored = recomputed.stored
+    if not stored:
+        return RoundTrip({}, None)
+    if not recomputed.complete:
+        return RoundTrip({"skipped": "out of memory"}, None)
+    resolutions_px = encoders.settings.image_resolutions
+    keys = [row["key"] for row in stored]
+    crops = [crops_of(key, jpeg, resolutions_px) for key, jpeg in zip(keys, jpegs, strict=True)]
     psnr_db: dict[str, list[float]] = {}
     pictures: list[np.ndarray] = []
-    for px in resolutions_px:
-        pairs = [(crop[px].permute(1, 2, 0).numpy(), back) for crop, back in zip(crops, decoded[px], strict=True)]
+    for px, images_BCHW in recomputed.images_BCHW.get().items():
+        decoded = images_BCHW.permute(0, 2, 3, 1).numpy()
+        pairs = [(crop[px].permute(1, 2, 0).numpy(), back) for crop, back in zip(crops, decoded, strict=True)]
         psnr_db[str(px)] = [_psnr_db(*pair) for pair in pairs]
         pictures = [picture for pair in pairs for picture in pair]
+    again_BLD = recomputed.hidden.get()["hidden_BLD"]
     stored_BLD = torch.stack([_caption(encoders, row) for row in stored]).float()
     if encoders.settings.text_storage == "trimmed":
         own_B = torch.tensor([row[CAPTION_LENGTH_COLUMN] for row in stored])
@@ -75,26 +116,6 @@ def round_trip(encoders: Encoders, stored: Sequence[Mapping[str, Any]], jpegs: S
     error_B = (stored_BLD - again_BLD).flatten(1).norm(dim=1) / again_BLD.flatten(1).norm(dim=1)
     caption_error = [round(error, 6) for error in error_B.tolist()]
     return RoundTrip({"keys": keys, "psnr_db": psnr_db, "caption_error": caption_error}, pictures_sheet(pictures))
-
-
-def _back(encoders: Encoders, stored: Sequence[Mapping[str, Any]]) -> tuple[dict[int, list[np.ndarray]], torch.Tensor]:
-    """Resolution in px -> decoded pictures (H×W×C); and the captions' states, float32.
-
-    The models are asked for everything before anything is waited for, as encoding goes on meanwhile.
-    """
-    shapes, channels = encoders.layout()["image_latents"], encoders.vae.latent_channels
-    latents = {
-        px: _array(encoders, stored, latents_column(px))
-        .reshape(len(stored), *shapes[str(px)])[:, :channels]
-        .to(encoders.device)
-        for px in encoders.settings.image_resolutions
-    }
-    tokens = encoders.text.tokenize([row["caption"] for row in stored])
-    with encoders.models_lock:
-        decoded_BCHW = {px: encoders.vae.decode(latents_BChw) for px, latents_BChw in latents.items()}
-        again_BLD = encoders.text.encode(tokens).float()
-    decoded = {px: list(images.permute(0, 2, 3, 1).cpu().numpy()) for px, images in decoded_BCHW.items()}
-    return decoded, again_BLD.cpu()
 
 
 def _caption(encoders: Encoders, row: Mapping[str, Any]) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """latents: encode the mds shards of archives to latents.
 
 Each archive is encoded by exactly one process. Processes do not talk to each other: an archive belongs to who
-holds its workspace, in this run or in another one. Within a process decoding (workers), encoding (main thread)
-and writing (one thread) of consecutive archives overlap.
+holds its workspace, in this run or in another one. Within a process decoding (workers), the models (main thread, see
+`encoders.bundle.Encoders`) and writing (one thread) of consecutive archives overlap.
 
 Importing this module imports no torch, so that whoever only asks what is left to do need not wait for it.
 
@@ -32,7 +32,7 @@ from md_assets.storage.publish import BusyError, publish, scratch, with_files, w
 
 if TYPE_CHECKING:
     from md_assets.encoders.bundle import Encoded, Encoders
-    from md_assets.encoders.round_trip import RoundTrip
+    from md_assets.encoders.round_trip import Recomputed, RoundTrip
 
 PROGRESS_INTERVAL_S = 5.0
 """A progress event of an archive comes at most this often."""
@@ -50,6 +50,9 @@ it is not the images alone: something that made or moved mds is broken."""
 
 VERSIONED = ("torch", "torchvision", "diffusers", "open_clip_torch", "transformers", "mosaicml-streaming", "pillow")
 """Packages that decide the stored values."""
+
+Rows = list[dict[str, Any]]
+"""A few rows of latents, as they are stored."""
 
 Report = Callable[[dict[str, Any]], None]
 """Takes one event, which JSON can hold; called from two threads.
@@ -90,10 +93,17 @@ def encode_archives(plan: LatentsPlan, report: Report, archives: Iterable[str] |
 
 def _walk(plan: LatentsPlan, encoders: Encoders, report: Report, archives: Iterable[str], wait: bool) -> list[str]:
     """Encode `archives`; returns those that other processes work on."""
+    import torch
+
     from md_assets.encoders.batches import Unreadable, batches
+    from md_assets.encoders.round_trip import recompute
 
     held: dict[str, _Claim] = {}
     busy: list[str] = []
+    unwritten: deque[tuple[_Claim, Future[Rows | None]]] = deque()
+    pin_memory = encoders.device.type == "cuda"
+    # One thread, so what is submitted keeps its order; which calls torch with no threads beside it, see `Encoders`.
+    writer = ThreadPoolExecutor(1, "writes-latents", torch.set_num_threads, (1,))
 
     def claims() -> Iterator[_Claim]:
         for archive in archives:
@@ -106,28 +116,42 @@ def _walk(plan: LatentsPlan, encoders: Encoders, report: Report, archives: Itera
             else:
                 if claim is None:
                     report({"event": "passed_over", "archive": archive})
-                elif claim.rows == 0:
-                    claim.publish()
-                else:
-                    held[archive] = claim
+                    continue
+                held[archive] = claim
+                if claim.rows:
                     yield claim
+                else:
+                    unwritten.append((claim, writer.submit(claim.close)))
 
-    pin_memory = encoders.device.type == "cuda"
-    unwritten: deque[Future[None]] = deque()
+    def take_written(but: int) -> None:
+        """Wait until no more than so many batches are unwritten; recompute rows of archives that are complete."""
+        while len(unwritten) > but:
+            claim, written = unwritten.popleft()
+            rows = written.result()
+            if rows is not None:
+                try:
+                    recomputed = recompute(encoders, rows)
+                except Exception as error:
+                    writer.submit(claim.fail, error)
+                else:
+                    writer.submit(claim.publish, recomputed)
+
     try:
-        with ThreadPoolExecutor(1, "writes-latents") as writer:  # one thread, so what is submitted keeps its order
-            for batch in batches(claims(), encoders.preparation, plan.batch_size, plan.num_workers, pin_memory):
-                claim = held[batch.archive]
-                if claim.failed:
-                    continue
-                if isinstance(batch, Unreadable):
-                    claim.failed = True  # at once, so that no more of it is prepared
-                    remedy = f"Materialize {plan.dataset}/mds of it again"
-                    writer.submit(claim.fail, claim.error(batch.what, remedy, UPSTREAM_DAMAGED))
-                    continue
-                unwritten.append(writer.submit(claim.write, encoders.encode(batch)))
-                if len(unwritten) > BATCHES_AHEAD:
-                    unwritten.popleft().result()
+        with writer:
+            try:
+                for batch in batches(claims(), encoders.preparation, plan.batch_size, plan.num_workers, pin_memory):
+                    claim = held[batch.archive]
+                    if claim.failed:
+                        continue
+                    if isinstance(batch, Unreadable):
+                        claim.failed = True  # at once, so that no more of it is prepared
+                        remedy = f"Materialize {plan.dataset}/mds of it again"
+                        writer.submit(claim.fail, claim.error(batch.what, remedy, UPSTREAM_DAMAGED))
+                        continue
+                    unwritten.append((claim, writer.submit(claim.write, encoders.encode(batch))))
+                    take_written(BATCHES_AHEAD)
+            finally:
+                take_written(0)  # archives that are complete are published, whatever has ended the run
     except BaseException as error:
         for claim in held.values():
             stopped = claim.error(f"was stopped ({type(error).__name__})", "Run it again", "stopped")
@@ -175,7 +199,7 @@ class _Claim:
         own: its workspace.
         release: leaves the workspace.
 
-    `write`, `publish` and `fail` raise nothing; what goes wrong in them fails the archive. Once batches are on
+    `write`, `close`, `publish` and `fail` raise nothing; what goes wrong in them fails the archive. Once batches are on
     their way, only the writing thread calls them.
     """
 
@@ -203,10 +227,10 @@ class _Claim:
         self._rows_at_once: int | None = None
         self._ended = False
 
-    def write(self, encoded: Encoded) -> None:
-        """Append a batch; publish after the last one."""
+    def write(self, encoded: Encoded) -> Rows | None:
+        """Append a batch; after the last one `close`."""
         if self._ended:
-            return
+            return None
         try:
             self._require_finite(encoded.not_finite())
             self._reject(encoded.undecodable())
@@ -219,18 +243,30 @@ class _Claim:
             self._report_progress(done)
         except Exception as error:
             self.fail(error)
-            return
-        if done == self.rows:
-            self.publish()
+            return None
+        return self.close() if done == self.rows else None
 
-    def publish(self) -> None:
-        """Publish what was written."""
+    def close(self) -> Rows | None:
+        """Complete the shards; returns a few rows as they lie on disk, to be recomputed before `publish`."""
         try:
             with self._open_writer() as writer:
                 pass  # leaving it writes the index
+            return list(spread_rows(writer.directory, self._round_trip_rows))
+        except Exception as error:
+            self.fail(error)
+            return None
+
+    def publish(self, recomputed: Recomputed) -> None:
+        """Publish what was written.
+
+        Args:
+            recomputed: of the rows that `close` returned.
+        """
+        try:
             if self._plan.upstream(self.archive).content_id != self._mds.content_id:
                 raise self.error("mds changed while it was encoded", "Run it again", "upstream_changed")
-            round_trip = self._round_trip(writer.directory)
+            writer = self._open_writer()
+            round_trip = self._round_trip(recomputed)
             ledger = publish(self._plan.latents_dir, writer.directory, self._ledger(writer, round_trip.facts))
         except Exception as error:
             self.fail(error)
@@ -288,17 +324,20 @@ class _Claim:
             remedy = f"Materialize {self._plan.dataset}/raw and mds of it again"
             raise self.error(f"images of {first_of(self._undecodable)} cannot be decoded", remedy, Reason.UNDECODABLE)
 
-    def _round_trip(self, directory: Path) -> RoundTrip:
-        """See `encoders.round_trip`; of rows as they lie on disk."""
+    @property
+    def _round_trip_rows(self) -> int:
+        least, most = ROWS_ROUND_TRIP
+        return min(max(self.rows // 100, least), most)
+
+    def _round_trip(self, recomputed: Recomputed) -> RoundTrip:
+        """See `encoders.round_trip`."""
         from md_assets.encoders.round_trip import round_trip
 
-        least, most = ROWS_ROUND_TRIP
-        count = min(max(self.rows // 100, least), most)
-        stored = list(spread_rows(directory, count))
-        mds = list(spread_rows(self._plan.mds_dir.data(self.archive), count, set(self._undecodable)))
-        if [row["key"] for row in stored] != [row["key"] for row in mds]:
+        mds_data = self._plan.mds_dir.data(self.archive)
+        mds = list(spread_rows(mds_data, self._round_trip_rows, set(self._undecodable)))
+        if [row["key"] for row in recomputed.stored] != [row["key"] for row in mds]:
             raise self.error("its rows are not those of mds", "Report it with the run's log", "internal")
-        return round_trip(self._encoders, stored, [row["jpg"] for row in mds])
+        return round_trip(self._encoders, recomputed, [row["jpg"] for row in mds])
 
     def _ledger(self, writer: ShardWriter, round_trip: Mapping[str, Any]) -> Ledger:
         details = {**self._encoders.layout(), "batch_size": self._plan.batch_size, "round_trip": round_trip}

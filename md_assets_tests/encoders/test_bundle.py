@@ -49,7 +49,7 @@ def test_a_row_has_the_columns_of_the_schema_and_their_numbers(encoders: Encoder
         }
         for column, size in [("caption_latents", layout["caption_latents"]), ("latents_64", [4, 8, 8])]:
             array = np.frombuffer(row[column], dtype=layout["dtype"]).reshape(size)
-            assert np.array_equal(array.squeeze(), encoded.arrays[column][i].numpy())
+            assert np.array_equal(array.squeeze(), encoded.arriving.get()[column][i].numpy())
 
 
 def test_float32_is_float32_on_a_gpu_too(tiny_encoders, monkeypatch: pytest.MonkeyPatch) -> None:
