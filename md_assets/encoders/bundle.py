@@ -120,9 +120,8 @@ class Encoded:
 class Encoders:
     """The VAE and the text encoder of one process, to be run by the thread that loaded them.
 
-    Another thread that ran a model on the CPU, or any large operation of torch, would have threads of its own for that,
-    and libgomp no longer lets threads wait for each other awake once there are more of them than cores: all models of
-    the process are then a seventh to a third slower, for as long as that thread lives.
+    Another thread that called torch on the CPU would have threads of its own for that, and slow the models down for as
+    long as it lives (decisions/019).
 
     Args:
         settings: what is computed and stored.

@@ -25,6 +25,7 @@ from md_assets.core.paths import ARCHIVE_STAGES, Stage
 from md_assets.core.spec import DatasetSpec
 from md_assets.orchestration.failures import ATTEMPT_TAG, FailedArchive, causes
 from md_assets.orchestration.partitions import archive_partitions
+from md_assets.orchestration.records import keep_connection
 
 SMALL, WHOLE = "small subset", "whole"
 """What the ~1 % subset and all of a dataset are called in titles."""
@@ -281,7 +282,7 @@ def ui_path(backfill_id: str) -> str:
 
 
 def persistent_instance() -> dg.DagsterInstance:
-    """The instance of DAGSTER_HOME, in which a backfill outlives this process.
+    """The instance of DAGSTER_HOME, in which a backfill outlives this process; for processes that have no other.
 
     Raises:
         SettingsError: there is none.
@@ -292,7 +293,9 @@ def persistent_instance() -> dg.DagsterInstance:
             f"{HOME_VARIABLE} is {f'{home!r}, which is no folder by its full path' if home else 'not set'}",
             "Set it to the folder that `dagster dev` works with, or the backfill would be lost",
         )
-    return dg.DagsterInstance.get()
+    instance = dg.DagsterInstance.get()
+    keep_connection(instance)
+    return instance
 
 
 def a_daemon_runs(instance: dg.DagsterInstance) -> bool:

@@ -13,7 +13,8 @@ from typing import Any
 
 import dagster as dg
 from dagster._core.events.log import EventLogEntry
-from dagster._core.storage.event_log.base import EventLogStorage
+from dagster._core.storage.event_log import SqlEventLogStorage
+from sqlalchemy import Connection
 
 RECYCLE_S, MORE_CONNECTIONS = 600, 20
 """Of one to PostgreSQL that stays open: seconds after which it is made anew, and how many may be opened beside it."""
@@ -25,12 +26,13 @@ BATCH_VARIABLE, BATCH_EVENTS = "DAGSTER_EVENT_BATCH_SIZE", "1000"
 """By this variable Dagster is told that the events of a run's creation, one for each archive, may go together."""
 
 
-class GatheredEvents(EventLogStorage):
-    """An event log that stores each event, or those that a thread has gathered, with one commit. To be mixed into a
-    storage, by a class that gives `_one_commit`."""
+class GatheredEvents(SqlEventLogStorage):
+    """An event log that stores each event, or those that a thread has gathered, with one commit, and asks no more for
+    tables and columns that it has found. To be mixed into a storage, by a class that gives `_one_commit`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._gathered = threading.local()
+        self._there: set[str] = set()
         os.environ.setdefault(BATCH_VARIABLE, BATCH_EVENTS)
         super().__init__(*args, **kwargs)
 
@@ -58,7 +60,19 @@ class GatheredEvents(EventLogStorage):
             return
         with self._one_commit():
             for event in events:
-                super().store_event(event)  # type: ignore[safe-super]  # of the storage that this is mixed into
+                super().store_event(event)  # of the storage that this is mixed into
+
+    def has_table(self, table_name: str) -> bool:
+        """Whether there is such a table."""
+        if table_name not in self._there and super().has_table(table_name):  # type: ignore[safe-super]
+            self._there.add(table_name)
+        return table_name in self._there
+
+    def _has_asset_key_col_on_connection(self, conn: Connection, column_name: str) -> bool:
+        column = f"asset_keys.{column_name}"
+        if column not in self._there and super()._has_asset_key_col_on_connection(conn, column_name):
+            self._there.add(column)
+        return column in self._there
 
     def _of_this_thread(self) -> list[EventLogEntry] | None:
         """Events that wait for the end of a block of `together`; None outside of one."""

@@ -52,7 +52,6 @@ class SqliteEvents(GatheredEvents, SqliteEventLogStorage):
 
     def __init__(self, base_dir: str, inst_data: ConfigurableClassData | None = None) -> None:
         self._engines: OrderedDict[str, Engine] = OrderedDict()
-        self._tables: set[str] = set()
         self._watcher: SqlPollingEventWatcher | None = None
         self._transaction: tuple[ExitStack, dict[str, Connection]] | None = None
         super().__init__(base_dir, inst_data)
@@ -96,18 +95,6 @@ class SqliteEvents(GatheredEvents, SqliteEventLogStorage):
         for name in runs[:-RUNS_OPEN]:
             self._engines.pop(name).dispose()
         return engine
-
-    def has_table(self, table_name: str) -> bool:
-        """Whether there is such a table, asked until there is."""
-        if table_name not in self._tables and super().has_table(table_name):
-            self._tables.add(table_name)
-        return table_name in self._tables
-
-    def _has_asset_key_col_on_connection(self, conn: Connection, column_name: str) -> bool:
-        column = f"asset_keys.{column_name}"
-        if column not in self._tables and super()._has_asset_key_col_on_connection(conn, column_name):
-            self._tables.add(column)
-        return column in self._tables
 
     def watch(self, run_id: str, cursor: str | None, callback: Callable[..., Any]) -> None:
         """Call back for each new event of a run. Dagster's own waits for changes of the file, which come late where a

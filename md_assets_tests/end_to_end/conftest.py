@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
 from md_assets.core.paths import DATA_ROOT_VARIABLE, DataRoot
+from md_assets.demo.journeydb import write_miniature_journeydb
 from md_assets.demo.loopback_hub import LoopbackHub
 from md_assets.demo.walkthrough import Sandbox, environment_variables, materialize
 
@@ -120,6 +121,16 @@ def wait_for(condition: Callable[[], object], timeout_s: float, pause_s: float =
 def prepared_sandbox(tmp_path_factory: pytest.TempPathFactory) -> Sandbox:
     sandbox = Sandbox(tmp_path_factory.mktemp("end_to_end"))
     sandbox.prepare(SAMPLES, SIZE_PX, datasets=["jdb"])
+    return sandbox
+
+
+def sandbox_of(prepared: Sandbox, folder: Path, archives: Sequence[str], samples: int, size_px: int) -> Sandbox:
+    """A sandbox whose Hub has these archives of jdb, with the encoders of a prepared one."""
+    sandbox = Sandbox(folder / "sandbox")
+    sandbox.path.mkdir()
+    (sandbox.path / "models").symlink_to(prepared.path / "models")
+    write_miniature_journeydb(sandbox.hub_root, archives, samples, size_px)
+    sandbox.prepare(datasets=())
     return sandbox
 
 

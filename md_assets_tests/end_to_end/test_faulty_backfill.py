@@ -24,14 +24,20 @@ from playwright.sync_api import Page, expect
 from md_assets.bench.dagster_services import answers, code_server, free_port, started, webserver
 from md_assets.core.paths import StageDir
 from md_assets.datasets.jdb import SPEC, locate
-from md_assets.demo.journeydb import write_miniature_journeydb
 from md_assets.demo.loopback_hub import LoopbackHub
 from md_assets.demo.sandbox import Sandbox
 from md_assets.orchestration.assets import PER_RUN_VARIABLE
 from md_assets.orchestration.backfills import a_daemon_runs, ui_path
 from md_assets.orchestration.partitions import archive_partitions
 from md_assets.stages.once import published
-from md_assets_tests.end_to_end.conftest import REPOSITORY, SandboxCommands, read_output, screenshot, wait_for
+from md_assets_tests.end_to_end.conftest import (
+    REPOSITORY,
+    SandboxCommands,
+    read_output,
+    sandbox_of,
+    screenshot,
+    wait_for,
+)
 from md_assets_tests.end_to_end.test_backfill import DAEMON
 from md_assets_tests.end_to_end.test_kill import temporaries
 
@@ -97,11 +103,7 @@ class Running:
 @pytest.fixture
 def platform(prepared_sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Platform]:
     """Sixty archives at their source, and the committed instance with code server, daemon and webserver."""
-    sandbox = Sandbox(tmp_path / "sandbox")
-    sandbox.path.mkdir()
-    (sandbox.path / "models").symlink_to(prepared_sandbox.path / "models")
-    write_miniature_journeydb(sandbox.hub_root, ARCHIVES, SAMPLES, SIZE_PX)
-    sandbox.prepare(datasets=())
+    sandbox = sandbox_of(prepared_sandbox, tmp_path, ARCHIVES, SAMPLES, SIZE_PX)
     settings = yaml.safe_load((REPOSITORY / "deploy" / "dagster.yaml").read_text())
     settings["run_coordinator"]["config"]["dequeue_interval_seconds"] = 1  # instead of 5
     (sandbox.dagster_home / "dagster.yaml").write_text(yaml.safe_dump(settings))

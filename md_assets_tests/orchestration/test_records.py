@@ -13,6 +13,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+import sqlalchemy
 import yaml
 from dagster._core.storage.event_log.sqlite.sqlite_event_log import SqliteEventLogStorage
 from dagster_postgres import PostgresEventLogStorage
@@ -107,6 +108,22 @@ def test_each_storage_reads_what_the_other_has_stored(opened: Opened) -> None:
         found = stored(instance, theirs)
     with opened() as instance:
         assert stored(instance, theirs) == found
+
+
+def test_what_was_found_is_not_asked_for_again(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dagster asks for tables and columns with each event, and each time inspects the database."""
+    with opened() as instance:
+        storage = instance.event_log_storage
+        found = [storage.has_table("asset_event_tags"), storage.has_asset_key_col("cached_status_data")]
+        assert found == [True, True]
+        assert not storage.has_table("not_there_yet")
+        asked: list[str] = []
+        (own,) = (of for of in (SqliteEventLogStorage, PostgresEventLogStorage) if isinstance(storage, of))
+        monkeypatch.setattr(own, "has_table", lambda self, name: asked.append(name) or name == "not_there_yet")
+        monkeypatch.setattr(sqlalchemy, "inspect", lambda connection: 1 / 0)
+        assert [storage.has_table("asset_event_tags"), storage.has_asset_key_col("cached_status_data")] == found
+        assert storage.has_table("not_there_yet")
+        assert asked == ["not_there_yet"]
 
 
 def test_what_is_stored_together_appears_at_once_or_never(opened: Opened) -> None:
