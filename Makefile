@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 SYSTEM_PACKAGES := chromium postgresql
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-ui check lint types layers test test-pipelines test-parts test-fast test-programs system-packages constraints tables clean
+.PHONY: help venv demo demo-ui check lint types layers test test-services test-pipelines test-parts test-fast test-programs system-packages constraints tables clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,18 +32,23 @@ types: $(STAMP) ## mypy
 layers: $(STAMP) ## import-linter: who may import whom
 	$(BIN)/lint-imports
 
-test: $(STAMP) test-programs ## the whole suite in two processes; ARGS='-k word' for a part of it in one
+test: $(STAMP) test-programs ## the whole suite in three processes; ARGS='-k word' for a part of it in one
 ifdef ARGS
 	$(BIN)/pytest $(ARGS)
 else
-	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target test-pipelines test-parts
+	@$(MAKE) --no-print-directory --keep-going --jobs=3 --output-sync=target test-services test-pipelines test-parts
 endif
 
-# Whatever trains on latents is on one side: its tests look at all shared memory of the machine.
+# What waits for Dagster's daemon takes long and works little. Whatever trains on latents is in one process: its tests look
+# at all shared memory of the machine.
+SERVICES := $(patsubst %,md_assets_tests/end_to_end/test_%.py,automation backfill faulty_backfill postgres)
 PIPELINES := $(addprefix md_assets_tests/,end_to_end loader)
 
-test-pipelines: $(STAMP) ## whole pipelines and the loader
-	$(BIN)/pytest $(PIPELINES)
+test-services: $(STAMP) ## backfills with Dagster's daemon
+	$(BIN)/pytest $(SERVICES)
+
+test-pipelines: $(STAMP) ## other whole pipelines, and the loader
+	$(BIN)/pytest $(PIPELINES) $(addprefix --ignore=,$(SERVICES))
 
 test-parts: $(STAMP) ## all other tests
 	$(BIN)/pytest $(addprefix --ignore=,$(PIPELINES))

@@ -30,9 +30,11 @@ from md_assets.storage.publish import publish, scratch, with_files, workspace
 # inherited: processes that tests start could not be terminated.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Before torch is imported, here and in the processes that tests start: the suite runs in two processes, and torch's
-# threads wait for each other by spinning. With a thread for each core, tiny models take five times as long.
+# Before torch is imported, here and in the processes that tests start: the suite runs in three processes, and torch's
+# threads wait for each other by spinning. With a thread for each core, tiny models take five times as long. Encoding
+# processes take a thread for each core whatever this says, so they are to wait without spinning.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @contextmanager
@@ -51,6 +53,14 @@ Row = dict[str, Any]
 MdsRows = Callable[..., list[Row]]
 PublishMds = Callable[..., Ledger]
 MakePlan = Callable[..., LatentsPlan]
+
+
+@pytest.fixture(autouse=True)
+def no_threads_of_another_test() -> Iterator[None]:
+    """An encoding process that a test plays takes a thread of torch for each core."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from dagster._core.pipes.context import build_external_execution_context_data
 
 from md_assets.core.errors import ArchiveError
 from md_assets.orchestration.archive_run import ArchiveRun
+from md_assets.orchestration.latents_worker import Tail
 from md_assets.stages.latents_plan import LatentsPlan
 from md_assets.stages.once import Outcome
 from md_assets.storage.child_process import die_with_parent
@@ -28,8 +30,8 @@ WORKER_MODULE = "md_assets.orchestration.latents_worker"
 ACCELERATE_CONFIG = "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\n"
 """Given to the launcher so that it does not take the user's own default, which may ask for DeepSpeed or FSDP."""
 
-POLL_S = 0.2
-"""Seconds between two looks at the processes and their messages."""
+POLL_S, MESSAGES_POLL_S = 0.2, 0.05
+"""Seconds between two looks at the processes, and at the file of their messages."""
 
 TERMINATION_GRACE_S = 10.0
 """Seconds that the processes have to end by themselves before they are killed."""
@@ -53,7 +55,10 @@ def encode(
     Raises:
         dg.Failure: the processes did not work at all, e.g. because an encoder cannot be loaded.
     """
-    with tempfile.TemporaryDirectory(prefix="md_assets-latents-") as folder, _pipes_session(context) as session:
+    with (
+        tempfile.TemporaryDirectory(prefix="md_assets-latents-") as folder,
+        _pipes_session(context, Path(folder, "messages")) as session,
+    ):
         plan_path, events_dir = Path(folder, "plan.json"), Path(folder, "events")
         plan_path.write_text(plan.to_json(), encoding="utf-8")
         events_dir.mkdir()
@@ -71,6 +76,8 @@ def encode(
     if events.fatal:
         raise dg.Failure(f"No latents were encoded: {events.fatal}", allow_retries=False)
     for archive in events.unaccounted():
+        if events.find(archive):
+            continue
         error = ArchiveError(
             plan.dataset,
             archive,
@@ -117,12 +124,10 @@ class _Events:
         if kind in ("published", "passed_over"):
             self._accounted.add(archive)
             try:
-                ledger = self._plan.current(archive)
-                if ledger is None:
+                if not self._record(archive, kind == "passed_over", _picture(event)):
                     raise ArchiveError(
                         self._plan.dataset, archive, "was replaced by another run", "Run it again", reason="stale"
                     )
-                self._run.record(Outcome(ledger, passed_over=kind == "passed_over"), _picture(event))
             except ArchiveError as error:
                 self._run.fail(error)
         elif kind == "failed":
@@ -140,6 +145,20 @@ class _Events:
 
     def unaccounted(self) -> list[str]:
         return [archive for archive in self._plan.archives if archive not in self._accounted]
+
+    def find(self, archive: str) -> bool:
+        """Record an archive that is published although nobody said so, as its process was killed before it could."""
+        try:
+            return self._record(archive, passed_over=True, picture={})
+        except ArchiveError:
+            return False
+
+    def _record(self, archive: str, passed_over: bool, picture: Mapping[str, dg.MetadataValue]) -> bool:
+        """Record what the ledger says; returns whether there is one, with the settings and inputs of now."""
+        ledger = self._plan.current(archive)
+        if ledger is not None:
+            self._run.record(Outcome(ledger, passed_over=passed_over), picture)
+        return ledger is not None
 
 
 def _picture(event: Mapping[str, Any]) -> dict[str, dg.MetadataValue]:
@@ -168,15 +187,34 @@ def _launched(command: list[str], environment: dict[str, str]) -> Iterator["subp
                 process.wait()
 
 
+class WholeMessages(dg.PipesFileMessageReader):
+    """Dagster's reader of a file of messages, which takes a message once its line is whole.
+
+    Dagster's own (1.13) reads as far as the writer has come. Half a message ends its thread, and nothing that follows
+    is read; a message with a picture is longer than what is written at once.
+    """
+
+    def _reader_thread(self, handler: Any, is_resource_complete: threading.Event) -> None:
+        tail = Tail(Path(self._path))
+        ended = False
+        try:
+            while not ended:
+                ended = is_resource_complete.wait(MESSAGES_POLL_S)  # what was written until then is read
+                for message in tail.new_events():
+                    handler.handle_message(message)
+        except Exception:
+            handler.report_pipes_framework_exception("reader of messages", sys.exc_info())
+            raise
+
+
 @contextmanager
-def _pipes_session(context: dg.AssetExecutionContext) -> Iterator[dg.PipesSession]:
-    """A Pipes session for a run that records its archives itself.
+def _pipes_session(context: dg.AssetExecutionContext, messages: Path) -> Iterator[dg.PipesSession]:
+    """A Pipes session for a run that records its archives itself, over a file of messages.
 
     `dg.open_pipes_session` insists that the step yields a result for the asset, which in a ranged run would record
     every partition of the range; this one is made of the same parts without that.
     """
-    reader = dg.PipesTempFileMessageReader()
-    handler = dg.PipesMessageHandler(context, reader)
+    handler = dg.PipesMessageHandler(context, WholeMessages(str(messages)))
     context_data = build_external_execution_context_data(context, None)
     with (
         dg.PipesTempFileContextInjector().inject_context(context_data) as injector_params,

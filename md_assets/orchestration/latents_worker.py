@@ -159,7 +159,7 @@ class Forwarder:
     ) -> None:
         self.fatal = False
         self._dataset, self._send, self._log = dataset, send, log
-        self._tails = [_Tail(events_path(events_dir, rank)) for rank in range(world)]
+        self._tails = [Tail(events_path(events_dir, rank)) for rank in range(world)]
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="forwards-events", daemon=True)
 
@@ -197,8 +197,8 @@ class Forwarder:
             self._send(event)
 
 
-class _Tail:
-    """Reads a growing file of JSON lines."""
+class Tail:
+    """Reads a growing file of JSON lines; a line counts once it is whole."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -3,17 +3,20 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from md_assets.core.settings import DEFAULT_VAE
 from md_assets.demo.walkthrough import failure_of
 from md_assets.orchestration import latents_launch
-from md_assets.orchestration.latents_launch import launch_command
+from md_assets.orchestration.latents_launch import MESSAGES_POLL_S, WholeMessages, launch_command
 from md_assets.storage.hub import HubClient
 from md_assets.storage.mds import iter_rows
+from md_assets_tests.end_to_end.conftest import wait_for
 from md_assets_tests.orchestration.conftest import Platform
 
 
@@ -24,6 +27,40 @@ def test_several_processes_are_started_by_torchrun_and_one_is_not() -> None:
         command = launch_command(count, config)
         assert command[command.index("--num_processes") + 1] == str(count)
         assert command[-2:] == ["--module", "md_assets.orchestration.latents_worker"]
+
+
+def test_half_a_message_is_waited_for(tmp_path: Path) -> None:
+    """Dagster's own reader takes it for a whole one, and reads nothing that follows."""
+    taken: list[Any] = []
+
+    class Handler:
+        def handle_message(self, message: Any) -> None:
+            taken.append(message)
+
+    file = tmp_path / "messages"
+    with WholeMessages(str(file)).read_messages(Handler()):  # type: ignore[arg-type]
+        with file.open("a") as written:
+            written.write('{"method": "log", "params": {"picture": "AAAA')
+            written.flush()
+            time.sleep(5 * MESSAGES_POLL_S)
+            assert taken == []
+            written.write('BBBB"}}\n{"method": "closed"}\n')
+        assert wait_for(lambda: len(taken) == 2, 30)
+        with file.open("a") as written:
+            written.write('{"method": "last"}\n')
+    assert taken == [{"method": "log", "params": {"picture": "AAAABBBB"}}, {"method": "closed"}, {"method": "last"}]
+
+
+@pytest.mark.slow
+def test_what_is_published_is_recorded_though_nobody_could_say_so(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a process is killed between publishing an archive and saying so."""
+    monkeypatch.setattr(latents_launch._Events, "take", lambda self, messages: None)
+    platform.up_to("mds", "train/000", "train/001")
+    result = platform.run("jdb/latents", "train/000", "train/001")
+    assert result.success, failure_of(result)
+    assert {m.partition for m in result.asset_materializations_for_node("jdb__latents")} == {"train/000", "train/001"}
 
 
 @pytest.mark.slow

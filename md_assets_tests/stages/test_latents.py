@@ -168,38 +168,6 @@ def test_some_rows_are_decoded_again(plan: LatentsPlan) -> None:
     assert events["train/001"]["picture"] is None  # it has no rows
 
 
-def test_models_run_in_one_thread_and_no_other_has_threads_of_torch_beside_it(
-    plan: LatentsPlan, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Or libgomp would slow the models down, see `Encoders`."""
-    here, threads = threading.current_thread(), torch.get_num_threads()
-    of_models: list[threading.Thread] = []
-    of_others: dict[str, int] = {}
-
-    def noting(run: Callable[..., Any]) -> Callable[..., Any]:
-        def noted(*arguments: Any) -> Any:
-            of_models.append(threading.current_thread())
-            return run(*arguments)
-
-        return noted
-
-    def report(event: dict[str, Any]) -> None:
-        if threading.current_thread() is not here:
-            of_others[event["event"]] = torch.get_num_threads()
-
-    for method in ("encode", "decode"):
-        monkeypatch.setattr(VaeEncoder, method, noting(getattr(VaeEncoder, method)))
-    torch.set_num_threads(3)
-    try:
-        encode_archives(plan, report)
-        assert torch.get_num_threads() == 3  # not those of the models' thread
-    finally:
-        torch.set_num_threads(threads)
-    assert len(of_models) == 2 * (2 + 3 + 2)  # at two sizes: batches of 3 of 5 and 7 rows, and a round trip of each
-    assert set(of_models) == {here}
-    assert of_others == {"published": 1}
-
-
 def test_an_encoder_that_masks_padding_stores_the_captions_lengths(plan: LatentsPlan, tiny_t5: Path) -> None:
     t5 = replace(plan, encoders=replace(plan.encoders, text_encoder=str(tiny_t5), save_dtype="float32"))
     assert kinds(run(t5)) == dict.fromkeys(COUNTS, "published")
@@ -214,7 +182,6 @@ def test_an_encoder_that_masks_padding_stores_the_captions_lengths(plan: Latents
 def test_memory_that_is_not_enough_is_noted_and_costs_no_row(
     plan: LatentsPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from md_assets.encoders.vae import VaeEncoder
 
     run(plan)
     encode, small = VaeEncoder.encode, replace(plan, encoder_tag="small")
