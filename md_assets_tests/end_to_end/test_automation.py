@@ -18,7 +18,7 @@ from md_assets_tests.end_to_end.test_backfill import DAEMON
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-ARCHIVES, SAMPLES, SIZE_PX = SPEC.archives[:32], 8, 256
+ARCHIVES, SAMPLES, SIZE_PX = SPEC.archives[:48], 8, 256
 PER_RUN = "raw=4,mds=5,latents=6"
 SECONDS_OF_A_DOWNLOAD = 5.0
 MODULE = ("-m", "md_assets.definitions")
