@@ -30,6 +30,11 @@ WORKER_MODULE = "md_assets.orchestration.latents_worker"
 ACCELERATE_CONFIG = "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\n"
 """Given to the launcher so that it does not take the user's own default, which may ask for DeepSpeed or FSDP."""
 
+WAIT_POLICY, SPINS_VARIABLE, SPINS = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "10000"
+"""How long torch's threads wait for each other awake before they sleep: long enough for an idle machine, and on one
+that others use so short that they do not take the cores from whom they wait for (decisions/019). libgomp's own is
+300,000."""
+
 POLL_S, MESSAGES_POLL_S = 0.2, 0.05
 """Seconds between two looks at the processes, and at the file of their messages."""
 
@@ -66,7 +71,7 @@ def encode(
         config_path = Path(folder, "accelerate.yaml")
         config_path.write_text(ACCELERATE_CONFIG, encoding="utf-8")
         command = [*launch_command(num_processes, config_path), str(plan_path), str(events_dir)]
-        environment = {**os.environ, **hub_environment, **session.get_bootstrap_env_vars()}
+        environment = {**waiting_environment(os.environ), **hub_environment, **session.get_bootstrap_env_vars()}
         with _launched(command, environment) as process:
             while process.poll() is None:
                 events.take(session.get_custom_messages())
@@ -102,6 +107,12 @@ def launch_command(num_processes: int, config: Path) -> list[str]:
     else:
         command += ["--quiet"]  # the worker has said what was wrong; the launcher's own traceback adds nothing
     return [*command, "--num_processes", str(num_processes), "--module", WORKER_MODULE]
+
+
+def waiting_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Environment variables with those by which torch's threads wait for each other, unless they are there."""
+    own = {} if WAIT_POLICY in environment else {SPINS_VARIABLE: SPINS}
+    return {**own, **environment}
 
 
 class _Events:

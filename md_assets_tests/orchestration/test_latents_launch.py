@@ -13,7 +13,12 @@ import pytest
 from md_assets.core.settings import DEFAULT_VAE
 from md_assets.demo.walkthrough import failure_of
 from md_assets.orchestration import latents_launch
-from md_assets.orchestration.latents_launch import MESSAGES_POLL_S, WholeMessages, launch_command
+from md_assets.orchestration.latents_launch import (
+    MESSAGES_POLL_S,
+    WholeMessages,
+    launch_command,
+    waiting_environment,
+)
 from md_assets.storage.hub import HubClient
 from md_assets.storage.mds import iter_rows
 from md_assets_tests.end_to_end.conftest import wait_for
@@ -27,6 +32,12 @@ def test_several_processes_are_started_by_torchrun_and_one_is_not() -> None:
         command = launch_command(count, config)
         assert command[command.index("--num_processes") + 1] == str(count)
         assert command[-2:] == ["--module", "md_assets.orchestration.latents_worker"]
+
+
+def test_how_threads_wait_is_left_to_whoever_has_set_it() -> None:
+    assert waiting_environment({"A": "b"}) == {"A": "b", "GOMP_SPINCOUNT": "10000"}
+    for own in ({"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "passive"}):
+        assert waiting_environment(own) == own
 
 
 def test_half_a_message_is_waited_for(tmp_path: Path) -> None:
