@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,23 +38,20 @@ _OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_ST
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-Name = TypeVar("Name")
-
-
-class Arriving(Generic[Name]):
+class Arriving:
     """Tensors on their way from the device to memory, on a GPU to pinned memory.
 
     They are copied at once: asked for later, the copies would queue up behind the next batch.
     """
 
-    def __init__(self, tensors: Mapping[Name, torch.Tensor], device: torch.device) -> None:
+    def __init__(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
         self._tensors = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
         self._arrived: torch.cuda.Event | None = None
         if device.type == "cuda":
             self._arrived = torch.cuda.Event(blocking=True)
             self._arrived.record(torch.cuda.current_stream(device))
 
-    def get(self) -> dict[Name, torch.Tensor]:
+    def get(self) -> dict[str, torch.Tensor]:
         """The tensors; waits for the device."""
         if self._arrived is not None:
             self._arrived.synchronize()
@@ -75,8 +72,8 @@ class Encoded:
     """
 
     batch: Batch
-    arriving: Arriving[str]
-    finite: Arriving[str]
+    arriving: Arriving
+    finite: Arriving
     columns: tuple[str, ...]
     trimmed: bool
     rows_at_once: int | None

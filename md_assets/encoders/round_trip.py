@@ -33,15 +33,12 @@ class Recomputed:
 
     Attributes:
         stored: the rows.
-        images_BCHW: resolution in px -> decoded pictures, uint8.
-        hidden: `hidden_BLD`, the captions' states, float32.
-        complete: False where there was no room for it beside the batches that are on their way; nothing is there then.
+        arriving: column -> what is computed of it again: decoded pictures (images_BCHW, uint8), the captions' states
+            (hidden_BLD, float32). None where there was no room for that beside the batches that are on their way.
     """
 
     stored: Sequence[Mapping[str, Any]]
-    images_BCHW: Arriving[int]
-    hidden: Arriving[str]
-    complete: bool = True
+    arriving: Arriving | None
 
 
 @dataclass(frozen=True)
@@ -66,22 +63,21 @@ def recompute(encoders: Encoders, stored: Sequence[Mapping[str, Any]]) -> Recomp
         encoders: that made them; see there which thread may call this.
         stored: rows of the latents.
     """
-    images_BCHW: dict[int, torch.Tensor] = {}
-    hidden: dict[str, torch.Tensor] = {}
-    complete = True
+    computed: dict[str, torch.Tensor] = {}
     try:
         if stored:
             shapes, channels = encoders.layout()["image_latents"], encoders.vae.latent_channels
             for px in encoders.settings.image_resolutions:
-                latents_BChw = _array(encoders, stored, latents_column(px)).reshape(len(stored), *shapes[str(px)])
-                images_BCHW[px] = encoders.vae.decode(latents_BChw[:, :channels])
+                column = latents_column(px)
+                latents_BChw = _array(encoders, stored, column).reshape(len(stored), *shapes[str(px)])
+                computed[column] = encoders.vae.decode(latents_BChw[:, :channels])
             tokens = encoders.text.tokenize([row["caption"] for row in stored])
-            hidden["hidden_BLD"] = encoders.text.encode(tokens).float()
+            computed[CAPTION_COLUMN] = encoders.text.encode(tokens).float()
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        images_BCHW, hidden, complete = {}, {}, False
-    return Recomputed(stored, Arriving(images_BCHW, encoders.device), Arriving(hidden, encoders.device), complete)
+        return Recomputed(stored, None)
+    return Recomputed(stored, Arriving(computed, encoders.device))
 
 
 def round_trip(encoders: Encoders, recomputed: Recomputed, jpegs: Sequence[bytes]) -> RoundTrip:
@@ -95,19 +91,20 @@ def round_trip(encoders: Encoders, recomputed: Recomputed, jpegs: Sequence[bytes
     stored = recomputed.stored
     if not stored:
         return RoundTrip({}, None)
-    if not recomputed.complete:
+    if recomputed.arriving is None:
         return RoundTrip({"skipped": "out of memory"}, None)
     resolutions_px = encoders.settings.image_resolutions
     keys = [row["key"] for row in stored]
     crops = [crops_of(key, jpeg, resolutions_px) for key, jpeg in zip(keys, jpegs, strict=True)]
     psnr_db: dict[str, list[float]] = {}
     pictures: list[np.ndarray] = []
-    for px, images_BCHW in recomputed.images_BCHW.get().items():
-        decoded = images_BCHW.permute(0, 2, 3, 1).numpy()
+    computed = recomputed.arriving.get()
+    for px in resolutions_px:
+        decoded = computed[latents_column(px)].permute(0, 2, 3, 1).numpy()
         pairs = [(crop[px].permute(1, 2, 0).numpy(), back) for crop, back in zip(crops, decoded, strict=True)]
         psnr_db[str(px)] = [_psnr_db(*pair) for pair in pairs]
         pictures = [picture for pair in pairs for picture in pair]
-    again_BLD = recomputed.hidden.get()["hidden_BLD"]
+    again_BLD = computed[CAPTION_COLUMN]
     stored_BLD = torch.stack([_caption(encoders, row) for row in stored]).float()
     if encoders.settings.text_storage == "trimmed":
         own_B = torch.tensor([row[CAPTION_LENGTH_COLUMN] for row in stored])

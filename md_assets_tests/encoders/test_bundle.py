@@ -255,13 +255,9 @@ def test_each_process_gets_its_own_gpu_as_far_as_there_are_some(monkeypatch: pyt
 
 
 def test_processes_share_the_cpu() -> None:
-    threads = torch.get_num_threads()
-    try:
-        share_cpu(10_000)
-        assert torch.get_num_threads() == 1
-        share_cpu(1)
-        alone = torch.get_num_threads()
-        share_cpu(2)
-        assert torch.get_num_threads() == max(1, alone // 2)
-    finally:
-        torch.set_num_threads(threads)
+    share_cpu(10_000)
+    assert torch.get_num_threads() == 1
+    share_cpu(1)
+    alone = torch.get_num_threads()
+    share_cpu(2)
+    assert torch.get_num_threads() == max(1, alone // 2)

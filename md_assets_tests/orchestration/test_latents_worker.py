@@ -17,7 +17,6 @@ from typing import Any
 
 import dagster_pipes
 import pytest
-import torch
 
 from md_assets.encoders.bundle import share_cpu
 from md_assets.orchestration import latents_worker
@@ -125,12 +124,8 @@ def test_three_processes_share_the_work_and_report_through_pipes(plan: LatentsPl
     assert {e["event"] for e in published} == {"published"}
 
     alone = replace(plan, encoder_tag="alone", archives=tuple(reversed(plan.archives)), num_workers=0)
-    threads = torch.get_num_threads()
     share_cpu(3)
-    try:
-        encode_archives(alone, lambda event: None)
-    finally:
-        torch.set_num_threads(threads)
+    encode_archives(alone, lambda event: None)
     for archive in COUNTS:  # to the bit: batches of an archive are the same whoever takes it, and when
         assert list(iter_rows(plan.latents_dir.data(archive))) == list(iter_rows(alone.latents_dir.data(archive)))
 

@@ -182,7 +182,6 @@ def test_an_encoder_that_masks_padding_stores_the_captions_lengths(plan: Latents
 def test_memory_that_is_not_enough_is_noted_and_costs_no_row(
     plan: LatentsPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-
     run(plan)
     encode, small = VaeEncoder.encode, replace(plan, encoder_tag="small")
 
